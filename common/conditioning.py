@@ -1,0 +1,141 @@
+"""Conditioning: how a condition reaches the network, in training and in sampling.
+
+Training: a MONAI ``PrepareBatch`` draws noise and time, and drops the condition now and then for guidance. Sampling: an
+adapter turns ``(network, condition)`` into ``denoise(x_t, t)``, so that the reverse loop never asks which kind it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from monai.engines.utils import DiffusionPrepareBatch
+from monai.utils import convert_to_tensor
+
+Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Network = Callable[..., torch.Tensor]
+
+
+class Condition(Protocol):
+    """Adapter: binds a condition to a network."""
+
+    def __call__(self, network: Network, condition: torch.Tensor) -> Denoiser:
+        """Return ``denoise(x_t, timesteps)``."""
+        ...
+
+
+class Concat:
+    """The condition joins the noisy image as further channels, image first (all five references)."""
+
+    def __call__(self, network: Network, condition: torch.Tensor) -> Denoiser:
+        """Bind ``condition`` (B, K, *S)."""
+        return lambda x, t: network(torch.cat([x, condition], dim=1), t)
+
+
+class CrossAttention:
+    """The condition is a list of tokens the network attends to."""
+
+    def __call__(self, network: Network, condition: torch.Tensor) -> Denoiser:
+        """Bind ``condition`` (B, L, D)."""
+        return lambda x, t: network(x, t, context=condition)
+
+
+class ControlNetHint:
+    """The condition is a picture that a ControlNet turns into residuals of the network's skips.
+
+    Args:
+        controlnet: MONAI ``ControlNet`` for the same network.
+        scale: strength of the residuals.
+    """
+
+    def __init__(self, controlnet: Network, scale: float = 1.0) -> None:
+        self.controlnet = controlnet
+        self.scale = scale
+
+    def __call__(self, network: Network, condition: torch.Tensor) -> Denoiser:
+        """Bind ``condition``, the hint (B, K, *S)."""
+
+        def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            down, mid = self.controlnet(x, t, controlnet_cond=condition, conditioning_scale=self.scale)
+            return network(x, t, down_block_additional_residuals=down, mid_block_additional_residual=mid)
+
+        return denoise
+
+
+class Guided:
+    """Classifier-free guidance (Ho & Salimans 2022): ``null + scale (conditional - null)``.
+
+    Args:
+        condition: adapter for both predictions.
+        scale: 1 is neutral, and then no unconditional pass is made.
+        null: value that stands for "no condition", as in training (`ConditionPrepareBatch`).
+    """
+
+    def __init__(self, condition: Condition, scale: float, null: float = 0.0) -> None:
+        self.condition = condition
+        self.scale = scale
+        self.null = null
+
+    def __call__(self, network: Network, condition: torch.Tensor) -> Denoiser:
+        """Bind ``condition`` and its null twin."""
+        conditional = self.condition(network, condition)
+        if self.scale == 1:
+            return conditional
+        unconditional = self.condition(network, torch.full_like(condition, self.null))
+
+        def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            null = unconditional(x, t)
+            return null + self.scale * (conditional(x, t) - null)
+
+        return denoise
+
+
+class ConditionPrepareBatch(DiffusionPrepareBatch):
+    """Draws noise and time for a training batch, and drops conditions for classifier-free guidance.
+
+    Args:
+        num_train_timesteps: times are uniform on {0 .. num_train_timesteps - 1}.
+        condition_name: key of the condition in the batch, or None.
+        drop: probability that a case's condition is replaced by ``null``.
+        null: value that stands for "no condition".
+        mode: how ``DiffusionInferer`` joins the condition, ``"concat"`` or ``"crossattn"``.
+        seed: fixes noise and time by the call's batch (validation compares epochs on equal draws); None draws anew.
+    """
+
+    def __init__(
+        self,
+        num_train_timesteps: int,
+        condition_name: str | None = "condition",
+        *,
+        drop: float = 0.0,
+        null: float = 0.0,
+        mode: str = "concat",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(num_train_timesteps, condition_name)
+        self.drop = drop
+        self.null = null
+        self.mode = mode
+        self.seed = seed
+
+    def __call__(
+        self,
+        batchdata: Mapping[str, torch.Tensor],  # type: ignore[override]
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple, dict]:
+        """Return image, target noise, (), {noise, timesteps, condition, mode}."""
+        # MetaTensors carry history that no training step needs: plain tensors are faster.
+        plain = {k: convert_to_tensor(v) for k, v in batchdata.items() if isinstance(v, torch.Tensor)}
+        with torch.random.fork_rng(devices=[], enabled=self.seed is not None):
+            if self.seed is not None:
+                torch.manual_seed(self.seed)
+            image, target, args, infer = super().__call__(plain, device, non_blocking, **kwargs)
+        infer["mode"] = self.mode
+        if self.drop and "condition" in infer:
+            condition = infer["condition"]
+            dropped = torch.rand(len(condition), *[1] * (condition.ndim - 1)) < self.drop
+            infer["condition"] = condition.masked_fill(dropped.to(condition.device), self.null)
+        return image, target, args, infer

@@ -1,0 +1,267 @@
+"""Training handlers that Ignite and MONAI lack: EMA by the papers' rule, exact resume, progress with ETA, previews.
+
+A run that is killed and started again ends with the same weights as an unbroken one: after every epoch all state is
+written atomically, and the random numbers of an epoch are a function of (seed, epoch, rank) alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import random
+import sys
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.data.utils import set_rnd
+from monai.inferers import Inferer
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from .io import atomic_path
+
+logger = logging.getLogger(__name__)
+
+
+def rank() -> int:
+    """This process's rank under ``torchrun``, else 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """The network inside ``DistributedDataParallel``, or the network itself."""
+    return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
+
+
+class EpochSeed:
+    """Handler that seeds every random source at the start of an epoch from (seed, epoch, rank).
+
+    Args:
+        seed: the run's seed.
+        dataset: MONAI dataset whose random transforms are seeded too.
+    """
+
+    def __init__(self, seed: int, dataset: Any = None) -> None:
+        self.seed = seed
+        self.dataset = dataset
+
+    def attach(self, engine: Engine) -> None:
+        """Seed before the epoch's data loader starts."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Seed torch, numpy, random and the dataset's transforms."""
+        key = f"{self.seed}/{engine.state.epoch}/{rank()}"
+        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        if self.dataset is not None:
+            set_rnd(self.dataset, seed=seed)
+
+
+class WeightEMA:
+    """Handler that keeps an exponential moving average of the weights: ``ema = decay ema + (1 - decay) w``.
+
+    Lung-DDPM's rule: every ``every`` steps; a plain copy before step ``start``. Buffers are copied, not averaged.
+
+    Args:
+        network: the network that is trained.
+        decay: weight of the past.
+        every: steps between updates.
+        start: steps before which the average is a plain copy.
+    """
+
+    def __init__(self, network: nn.Module, decay: float = 0.995, every: int = 1, start: int = 0) -> None:
+        self.network = network
+        self.decay = decay
+        self.every = every
+        self.start = start
+        self.module = deepcopy(unwrapped(network)).eval().requires_grad_(False)
+
+    def attach(self, engine: Engine) -> None:
+        """Update after every iteration that is due."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.every), self)
+
+    @torch.no_grad()
+    def __call__(self, engine: Engine) -> None:
+        """Average, or copy while it is early."""
+        source = unwrapped(self.network)
+        averaged, current = list(self.module.parameters()), list(source.parameters())
+        weight = 1.0 if engine.state.iteration < self.start else 1.0 - self.decay
+        torch._foreach_lerp_(averaged, current, weight)
+        for mine, theirs in zip(self.module.buffers(), source.buffers(), strict=True):
+            mine.copy_(theirs)
+
+
+class TrainingState:
+    """Handler that saves everything a run needs to go on, and picks it up at the start.
+
+    ``checkpoint.pt`` (network, EMA, optimiser, ..., epoch) is written after every ``interval`` epochs, the previous one
+    kept as ``checkpoint.previous.pt``; ``model.pt`` holds the EMA weights alone, ready for inference.
+
+    Args:
+        folder: where both lie.
+        objects: name -> object with ``state_dict``/``load_state_dict``.
+        model: the network whose weights become ``model.pt``, normally the EMA's module.
+        interval: epochs between saves; the last epoch is always saved.
+        resume: pick up ``checkpoint.pt`` if there is one; else start anew (and replace it).
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike, objects: Mapping[str, Any], model: nn.Module, interval: int = 1, resume: bool = True
+    ) -> None:
+        self.path = Path(folder) / "checkpoint.pt"
+        self.previous = Path(folder) / "checkpoint.previous.pt"
+        self.objects = dict(objects)
+        self.model = model
+        self.interval = interval
+        self.resume = resume
+
+    def attach(self, engine: Engine) -> None:
+        """Load at the start, save after epochs."""
+        engine.add_event_handler(Events.STARTED, self.load)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+
+    def load(self, engine: Engine) -> None:
+        """Restore the newest whole checkpoint, if there is one."""
+        source = self.path if self.path.is_file() else self.previous
+        if not self.resume or not source.is_file():
+            return
+        try:
+            state = torch.load(source, map_location="cpu", weights_only=True)
+            for name, target in self.objects.items():
+                target = unwrapped(target) if isinstance(target, nn.Module) else target
+                target.load_state_dict(state[name])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"cannot resume from {source}: it belongs to a run with other settings ({' '.join(str(error).split())[:200]}); "
+                "give the old settings, another --output_dir, or --resume False to start anew"
+            ) from error
+        engine.state.epoch = state["epoch"]
+        engine.state.iteration = state["epoch"] * (engine.state.epoch_length or 0)
+        done = engine.state.epoch >= engine.state.max_epochs
+        logger.info(
+            f"resumed {source} at epoch {state['epoch']} of {engine.state.max_epochs}"
+            + (": nothing left to train; raise --epochs, or start anew with another --output_dir" if done else "")
+        )
+
+    def save(self, engine: Engine) -> None:
+        """Save on rank 0, when due."""
+        epoch = engine.state.epoch
+        if rank() > 0 or (epoch % self.interval and epoch != engine.state.max_epochs):
+            return
+        state = {name: unwrapped(o).state_dict() if isinstance(o, nn.Module) else o.state_dict() for name, o in self.objects.items()}
+        with atomic_path(self.path) as temporary:
+            torch.save({**state, "epoch": epoch}, temporary)
+            if self.path.is_file():
+                os.replace(self.path, self.previous)
+        weights = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
+        with atomic_path(self.path.with_name("model.pt")) as temporary:
+            torch.save(weights, temporary)
+
+
+class Progress:
+    """Handler that shows one bar over all steps of the run: loss, steps per second, time left."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.loss: float | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """Follow the engine from start to end."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self.start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        engine.add_event_handler(Events.COMPLETED, self.stop)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self.fail)
+
+    def start(self, engine: Engine) -> None:
+        """Open the bar where the run stands."""
+        if self.bar is None:
+            total = (engine.state.epoch_length or 0) * engine.state.max_epochs
+            quiet = 0.1 if sys.stderr.isatty() else 10.0
+            self.bar = tqdm(
+                total=total, initial=engine.state.iteration, desc="training", unit="step", mininterval=quiet, disable=rank() > 0
+            )
+
+    def __call__(self, engine: Engine) -> None:
+        """Advance, with a smoothed loss."""
+        output = engine.state.output[0] if isinstance(engine.state.output, list) else engine.state.output
+        loss = float(output["loss"])
+        self.loss = loss if self.loss is None else 0.98 * self.loss + 0.02 * loss
+        self.bar.set_postfix(epoch=f"{engine.state.epoch}/{engine.state.max_epochs}", loss=f"{self.loss:.4f}", refresh=False)
+        self.bar.update()
+
+    def stop(self, engine: Engine) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def fail(self, engine: Engine, error: BaseException) -> None:
+        """Close the bar and let the error through."""
+        self.stop(engine)
+        raise error
+
+
+class Preview:
+    """Handler that synthesises one fixed case with the current EMA weights and saves its middle slices as a picture.
+
+    Args:
+        sampler: the sampler inference uses.
+        network: the EMA's module.
+        case: a preprocessed case with ``image`` (C, *S) and ``condition`` (K, *S).
+        folder: where ``epoch_0010.png`` and so on go.
+        interval: epochs between pictures.
+    """
+
+    def __init__(self, sampler: Inferer, network: nn.Module, case: Mapping[str, Any], folder: str | os.PathLike, interval: int = 1) -> None:
+        self.sampler = sampler
+        self.network = network
+        self.case = case
+        self.folder = Path(folder)
+        self.interval = interval
+
+    def attach(self, engine: Engine) -> None:
+        """Draw after epochs."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Synthesise and save on rank 0."""
+        if rank() > 0:
+            return
+        device = next(self.network.parameters()).device
+        real, condition = (torch.as_tensor(self.case[k])[None].to(device) for k in ("image", "condition"))
+        # The draws of the preview must not shift the draws of the training.
+        with torch.random.fork_rng(devices=[]):
+            synthetic = self.sampler(torch.cat([real, condition], dim=1), self.network, seeds=[0])
+        with atomic_path(self.folder / f"epoch_{engine.state.epoch:04d}.png") as temporary:
+            montage([real[0, 0], synthetic[0, 0], condition[0].amax(dim=0)]).save(temporary, format="png")
+
+
+def montage(images: list[torch.Tensor], low: float = -1.0, high: float = 1.0, zoom: int = 3) -> Image.Image:
+    """Middle slices of images side by side: one row for each image, one column for each axis.
+
+    Args:
+        images: tensors (X, Y) or (X, Y, Z), RAS: the last axis points up in the picture.
+        low: value shown black.
+        high: value shown white.
+        zoom: enlargement.
+    """
+    rows = []
+    for image in images:
+        image = image.detach().float().cpu()
+        planes = [image] if image.ndim == 2 else [image.select(a, image.shape[a] // 2) for a in (2, 1, 0)]
+        rows.append([((p - low) / (high - low)).clamp(0, 1).mul(255).byte().T.flip(0).numpy() for p in planes])
+    height, width = max(p.shape[0] for r in rows for p in r), max(p.shape[1] for r in rows for p in r)
+    sheet = np.zeros((height * len(rows), width * max(len(r) for r in rows)), dtype=np.uint8)
+    for i, row in enumerate(rows):
+        for j, plane in enumerate(row):
+            sheet[i * height : i * height + plane.shape[0], j * width : j * width + plane.shape[1]] = plane
+    return Image.fromarray(sheet).resize((sheet.shape[1] * zoom, sheet.shape[0] * zoom), Image.Resampling.BICUBIC)

@@ -1,0 +1,371 @@
+"""Dictionary transforms MONAI lacks: checked layouts, conditions from layouts, moved nodules, patches pasted back.
+
+All follow MONAI's conventions (keys, channel-first ``MetaTensor``); whatever is random draws from the case's own ``seed``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Randomizable, SpatialCrop, SpatialPad, Transform
+from scipy import ndimage
+
+from .io import CaseError
+
+Data = Mapping[Hashable, Any]
+
+
+def _file(data: Data, key: str) -> str:
+    meta = getattr(data.get(key), "meta", {})
+    return str(meta.get("filename_or_obj", key))
+
+
+def _spacing(image: torch.Tensor) -> np.ndarray:
+    """Voxel size in mm (3,), or ones without an affine."""
+    affine = getattr(image, "affine", None)
+    return np.ones(image.ndim - 1) if affine is None else np.linalg.norm(np.asarray(affine)[:-1, :-1], axis=0)
+
+
+class CheckCased(MapTransform):
+    """Refuses volumes that cannot be used, naming the file and the way out.
+
+    Args:
+        keys: loaded images (C, *S); the first present one defines the grid.
+        spatial_dims: expected number of spatial axes.
+    """
+
+    def __init__(self, keys: KeysCollection, spatial_dims: int = 3) -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.spatial_dims = spatial_dims
+
+    def __call__(self, data: Data) -> dict:
+        """Check, and hand on unchanged."""
+        data = dict(data)
+        first: str | None = None
+        for key in self.key_iterator(data):
+            image, name = data[key], _file(data, key)
+            if image.ndim != self.spatial_dims + 1 or image.shape[0] != 1:
+                shape = tuple(image.shape[1:] if image.shape[0] == 1 else image.shape)
+                raise CaseError(f"{name} has shape {shape}, expected one {self.spatial_dims}-D volume: split or select it")
+            if min(image.shape) == 0 or max(image.shape[1:]) < 2 or min(image.shape[1:]) < 2:
+                raise CaseError(f"{name} has shape {tuple(image.shape[1:])}, expected at least 2 voxels on every axis")
+            if not torch.isfinite(torch.as_tensor(image)).all():
+                bad = int((~torch.isfinite(torch.as_tensor(image))).sum())
+                raise CaseError(f"{name} holds {bad} NaN or infinite voxels: replace them, e.g. by air (-1000 HU)")
+            if first is None:
+                first = key
+                continue
+            if image.shape[1:] != data[first].shape[1:]:
+                raise CaseError(
+                    f"{name} has shape {tuple(image.shape[1:])}, but {_file(data, first)} has "
+                    f"{tuple(data[first].shape[1:])}: resample one onto the other's grid"
+                )
+            if not np.allclose(image.affine, data[first].affine, atol=1e-2):
+                raise CaseError(f"{name} and {_file(data, first)} have different affines: resample one onto the other's grid")
+        return data
+
+
+class MapLayoutd(Transform):
+    """Brings any user's label numbers to the bundle's: 0 background, 1 .. K in the order of ``labels``.
+
+    Args:
+        key: the label map (1, *S).
+        labels: class name -> numbers in the user's file, e.g. ``{"lung": [10, 11, 12, 13, 14], "nodule": [200]}``.
+        masks: class name -> key of a separate mask file (non-zero is inside), painted over the label map when present.
+        other: what to do with numbers in no class: ``"error"`` or ``"background"``.
+    """
+
+    def __init__(
+        self, key: str, labels: Mapping[str, Sequence[int]], masks: Mapping[str, str] | None = None, other: str = "error"
+    ) -> None:
+        if other not in ("error", "background"):
+            raise ValueError(f"other_labels must be 'error' or 'background', got {other!r}")
+        self.key = key
+        self.labels = {name: [numbers] if isinstance(numbers, int) else list(numbers) for name, numbers in labels.items()}
+        self.masks = dict(masks or {})
+        self.other = other
+
+    def __call__(self, data: Data) -> dict:
+        """Map, merge, and check that something is left."""
+        data = dict(data)
+        source, name = data[self.key], _file(data, self.key)
+        values = torch.as_tensor(source)
+        if not torch.equal(values, values.round()):
+            raise CaseError(f"{name} holds fractional values: a layout has whole-numbered labels; resample it with nearest")
+        known = {0, *(n for numbers in self.labels.values() for n in numbers)}
+        unknown = sorted({int(v) for v in torch.unique(values)} - known)
+        if unknown and self.other == "error":
+            raise CaseError(
+                f"{name} holds labels {unknown} that belong to no class: name them in --labels ({self.labels}), "
+                "or drop them with --other_labels background"
+            )
+        layout = torch.zeros_like(values)
+        for index, (label, numbers) in enumerate(self.labels.items(), start=1):
+            layout[torch.isin(values, torch.tensor(numbers, dtype=values.dtype))] = index
+            if self.masks.get(label) in data:
+                layout[torch.as_tensor(data[self.masks[label]]) > 0] = index
+        if not layout.any():
+            raise CaseError(f"{name} holds none of the labels {self.labels}: the layout is empty; set --labels")
+        data[self.key] = MetaTensor(layout, meta=dict(source.meta), applied_operations=source.applied_operations)
+        return data
+
+
+class FillMissingImaged(Transform):
+    """Where a case has a layout but no image, the image becomes NaN: unknown, all of it is to be synthesised.
+
+    Args:
+        key: the image.
+        like: the layout, for grid and affine.
+    """
+
+    def __init__(self, key: str, like: str) -> None:
+        self.key = key
+        self.like = like
+
+    def __call__(self, data: Data) -> dict:
+        """Fill if missing."""
+        data = dict(data)
+        if self.key not in data:
+            layout = data[self.like]
+            data[self.key] = MetaTensor(torch.full(layout.shape, torch.nan), meta=dict(layout.meta))
+        return data
+
+
+class LayoutToConditiond(Transform):
+    """Label map -> one channel for each foreground class, -1 outside and 1 inside.
+
+    Args:
+        key: label map (1, *S).
+        output: key of the condition (K, *S).
+        labels: the K label numbers that become channels (Lung-DDPM+ conditions on the nodule alone).
+    """
+
+    def __init__(self, key: str, output: str, labels: Sequence[int]) -> None:
+        self.key = key
+        self.output = output
+        self.labels = list(labels)
+
+    def __call__(self, data: Data) -> dict:
+        """One channel for each class."""
+        data = dict(data)
+        layout = data[self.key]
+        channels = torch.cat([torch.as_tensor(layout).round() == k for k in self.labels]).float()
+        meta, operations = dict(layout.meta), layout.applied_operations
+        data[self.output] = MetaTensor(channels * 2 - 1, meta=meta, applied_operations=operations)
+        return data
+
+
+class ColumnScaled(MapTransform):
+    """The references' intensity scaling: min-max to [-1, 1] separately for every index along one axis.
+
+    The training of both references uses the third raw axis at full resolution, their sampling the first one after the
+    resize; HU are lost unless the columns' ranges are kept, so they are, as ``<key>_columns``.
+
+    Args:
+        keys: images (1, *S).
+        axis: spatial axis whose indices are scaled one by one.
+    """
+
+    def __init__(self, keys: KeysCollection, axis: int) -> None:
+        super().__init__(keys)
+        self.axis = axis
+
+    def __call__(self, data: Data) -> dict:
+        """Scale, and keep the ranges."""
+        data = dict(data)
+        for key in self.key_iterator(data):
+            image = data[key]
+            others = [a for a in range(1, image.ndim) if a != self.axis + 1]
+            values = torch.as_tensor(image).double()
+            low, high = values.amin(dim=others, keepdim=True), values.amax(dim=others, keepdim=True)
+            width = torch.where(high > low, high - low, 1.0)
+            data[key] = image * 0 + ((values - low) / width * 2 - 1).to(image.dtype)
+            data[f"{key}_columns"] = torch.stack([low, width])
+        return data
+
+
+class ColumnUnscaled(MapTransform):
+    """Inverse of `ColumnScaled`, for the prediction.
+
+    Args:
+        keys: images (1, *S) in [-1, 1].
+        columns: key of the ranges that `ColumnScaled` kept.
+    """
+
+    def __init__(self, keys: KeysCollection, columns: str) -> None:
+        super().__init__(keys)
+        self.columns = columns
+
+    def __call__(self, data: Data) -> dict:
+        """Back to HU."""
+        data = dict(data)
+        for key in self.key_iterator(data):
+            low, width = torch.as_tensor(data[self.columns]).to(data[key].device)
+            data[key] = ((data[key] + 1) / 2 * width + low).float()
+        return data
+
+
+class PlaceNoduled(Transform):
+    """Moves and resizes the layout's nodule inside the lung, or draws a new one: one scan yields many different pairs.
+
+    Args:
+        key: layout (1, X, Y, Z), values 0, lung, nodule.
+        mode: ``"keep"`` changes nothing; ``"move"`` takes the case's own nodules elsewhere; ``"add"`` draws a new one.
+        diameter: range of a new nodule's diameter in mm.
+        scale: range of the factor by which a moved nodule is resized.
+        lung: number of the lung label.
+        nodule: number of the nodule label.
+        tries: placements tried before the case is refused.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        mode: str = "keep",
+        diameter: Sequence[float] = (8.0, 30.0),
+        scale: Sequence[float] = (0.7, 1.4),
+        lung: int = 1,
+        nodule: int = 2,
+        tries: int = 200,
+    ) -> None:
+        if mode not in ("keep", "move", "add"):
+            raise ValueError(f"nodules must be 'keep', 'move' or 'add', got {mode!r}")
+        self.key = key
+        self.mode = mode
+        self.diameter = tuple(diameter)
+        self.scale = tuple(scale)
+        self.lung = lung
+        self.nodule = nodule
+        self.tries = tries
+
+    def __call__(self, data: Data) -> dict:
+        """Place with the case's own seed."""
+        if self.mode == "keep":
+            return dict(data)
+        data = dict(data)
+        layout = data[self.key]
+        rng = np.random.default_rng([int(data.get("seed", 0)), 0x6E6F64])
+        labels = np.asarray(torch.as_tensor(layout)[0]).round().astype(np.uint8)
+        lungs = (labels == self.lung) | (labels == self.nodule)
+        spacing = _spacing(layout)
+        shapes = self.shapes(labels == self.nodule, spacing, rng) if self.mode == "move" else []
+        placed = labels.copy() if self.mode == "add" else np.where(lungs, self.lung, labels)
+        for shape in shapes or [self.blob(rng.uniform(*self.diameter), spacing, rng)]:
+            self.place(placed, shape, rng, _file(data, self.key))
+        data[self.key] = MetaTensor(
+            torch.as_tensor(placed[None]).to(layout.dtype), meta=dict(layout.meta), applied_operations=layout.applied_operations
+        )
+        return data
+
+    def shapes(self, nodules: np.ndarray, spacing: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+        """The case's own nodules, each resized and mirrored at random."""
+        components, count = ndimage.label(nodules)
+        shapes = []
+        for box in ndimage.find_objects(components)[:count]:
+            index = components[box].max()
+            shape = np.pad(components[box] == index, 1)
+            resized = ndimage.zoom(shape.astype(np.float32), rng.uniform(*self.scale), order=1) > 0.5
+            flips = tuple(slice(None, None, int(s)) for s in rng.choice([-1, 1], size=resized.ndim))
+            shapes.append(resized[flips] if resized.any() else shape)
+        return shapes
+
+    def blob(self, diameter: float, spacing: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A new nodule: an ellipsoid with a lightly bumpy surface."""
+        radius = diameter / 2 * rng.uniform(0.85, 1.15, size=len(spacing))
+        half = np.ceil(1.4 * radius / spacing).astype(int) + 1
+        grid = np.stack(np.meshgrid(*[np.arange(-h, h + 1) * s for h, s in zip(half, spacing, strict=True)], indexing="ij"))
+        bumps = ndimage.gaussian_filter(rng.standard_normal(grid.shape[1:]), diameter / 5 / spacing)
+        distance = np.sqrt(((grid.T / radius) ** 2).sum(-1)).T + 0.15 * bumps / max(bumps.std(), 1e-9)
+        components, _ = ndimage.label(distance < 1)
+        centre = components[tuple(half)]
+        return components == centre if centre else (np.abs(grid).max(axis=0) < spacing.max())
+
+    def place(self, labels: np.ndarray, shape: np.ndarray, rng: np.random.Generator, name: str) -> None:
+        """Paint ``shape`` where all of it lies in the lung and touches no other nodule."""
+        offsets = np.argwhere(shape) - np.array(shape.shape) // 2
+        centres = np.argwhere(labels == self.lung)
+        for centre in centres[rng.integers(len(centres), size=self.tries)] if len(centres) else []:
+            voxels = offsets + centre
+            if (voxels < 0).any() or (voxels >= labels.shape).any():
+                continue
+            index = tuple(voxels.T)
+            if (labels[index] == self.lung).all():
+                labels[index] = self.nodule
+                return
+        extent = "x".join(str(n) for n in shape.shape)
+        raise CaseError(f"{name}: no place in the lung for a nodule of {extent} voxels: lower --nodule_diameter or --nodule_scale")
+
+
+class CropNoduled(MapTransform, Randomizable):
+    """Cuts a cube around the nodule (Lung-DDPM+): ``start = max(0, min(n - size, v - size // 2))`` on every axis.
+
+    Args:
+        keys: images and layout to cut, all on one grid.
+        layout: key of the label map.
+        size: edge of the cube in voxels; shorter axes are padded with the image's minimum (air), label 0.
+        nodule: number of the nodule label.
+        random: v is a random nodule voxel (training); else the centre of the largest nodule.
+        inside: key of a mask (1, *S) of the cube, added so that inverting tells where to paste.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, layout: str, size: Sequence[int], nodule: int = 2, random: bool = False, inside: str | None = None
+    ) -> None:
+        super().__init__(keys)
+        self.layout = layout
+        self.size = list(size)
+        self.nodule = nodule
+        self.random = random
+        self.inside = inside
+
+    def __call__(self, data: Data) -> dict:
+        """Cut."""
+        data = dict(data)
+        nodules = np.asarray(torch.as_tensor(data[self.layout])[0]) == self.nodule
+        if not nodules.any():
+            raise CaseError(f"{_file(data, self.layout)} has no nodule to cut around: draw one, or use --nodules add")
+        voxel = self.voxel(nodules)
+        start = [max(0, min(n - s, v - s // 2)) for n, s, v in zip(nodules.shape, self.size, voxel, strict=True)]
+        crop = SpatialCrop(roi_start=start, roi_end=[a + s for a, s in zip(start, self.size, strict=True)])
+        for key in self.key_iterator(data):
+            air = float(torch.as_tensor(data[key]).amin())
+            data[key] = SpatialPad(self.size, method="end", mode="constant", value=air)(crop(data[key]))
+        return data
+
+    def voxel(self, nodules: np.ndarray) -> np.ndarray:
+        """The voxel in the middle of the cube."""
+        if self.random:
+            voxels = np.argwhere(nodules)
+            return voxels[self.R.randint(len(voxels))]
+        components, count = ndimage.label(nodules)
+        largest = 1 + int(np.argmax(ndimage.sum_labels(nodules, components, range(1, count + 1))))
+        return np.round(np.argwhere(components == largest).mean(axis=0)).astype(int)
+
+
+class PasteBackd(Transform):
+    """Puts the synthesis into the original: inside the region the prediction, outside it the original, to the bit.
+
+    Args:
+        key: the prediction, on the original grid.
+        original: key of the original image; unknown (NaN) voxels take the prediction everywhere.
+        region: key of a mask, synthesised where it is above 0.
+    """
+
+    def __init__(self, key: str, original: str, region: str) -> None:
+        self.key = key
+        self.original = original
+        self.region = region
+
+    def __call__(self, data: Data) -> dict:
+        """Paste, where there is an original (MONAI Label hands over none)."""
+        data = dict(data)
+        if self.original in data and self.region in data:
+            pred, original, region = data[self.key], data[self.original], torch.as_tensor(data[self.region])
+            keep = (region <= 0) & torch.as_tensor(original).isfinite()
+            data[self.key] = torch.where(keep.to(pred.device), torch.as_tensor(original).to(pred), pred)
+        return data

@@ -1,0 +1,140 @@
+"""One diffusion U-Net for all five bundles: MONAI's, plus the settings of the references that MONAI has no argument for.
+
+All five papers descend from the guided-diffusion U-Net (Dhariwal & Nichol 2021). MONAI's ``DiffusionModelUNet`` holds
+their weights key by key; only the forward differs in the embedding period and the up-sampling, and training from scratch
+in the zero initialisation of the attention projections.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from monai.networks.blocks import Upsample
+from monai.networks.nets import DiffusionModelUNet
+from torch import nn
+
+
+def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10000.0) -> torch.Tensor:
+    """Sinusoidal embedding, cosine half first, as in the references.
+
+    Args:
+        timesteps: times, integer or fractional (B,).
+        dim: embedding width; an odd one is padded by a zero.
+        max_period: longest wavelength (MONAI fixes 10000; Lung-DDPM uses 1000).
+
+    Returns:
+        float32 embedding (B, dim).
+    """
+    half = dim // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=timesteps.device).float() / half)
+    angles = timesteps[:, None].float() * frequencies[None]
+    return nn.functional.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
+
+
+class DiffusionUNet(DiffusionModelUNet):
+    """``DiffusionModelUNet`` with default timesteps, the references' settings and encode/decode halves.
+
+    State-dict keys are MONAI's. ``timesteps`` may be left out, so that MONAI's shape check and exporters, which call a
+    network with one tensor, work unchanged.
+
+    Args:
+        max_period: longest wavelength of the time embedding.
+        upsample_mode: ``"nearest"`` (MONAI) or ``"linear"`` (bi-/trilinear, ``align_corners=False``).
+        zero_init_attention: start every attention block as the identity, as the references do.
+        kwargs: arguments of ``DiffusionModelUNet``.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        *,
+        max_period: float = 10000.0,
+        upsample_mode: str = "nearest",
+        zero_init_attention: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(spatial_dims, in_channels, out_channels, **kwargs)
+        self.spatial_dims = spatial_dims
+        self.max_period = max_period
+        if upsample_mode not in ("nearest", "linear"):
+            raise ValueError(f"upsample_mode must be 'nearest' or 'linear', got {upsample_mode!r}")
+        for module in self.modules():
+            if isinstance(module, Upsample) and upsample_mode == "linear":
+                module.upsample_non_trainable.mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[spatial_dims]
+                module.upsample_non_trainable.align_corners = False
+            if zero_init_attention and hasattr(module, "out_proj") and isinstance(module.out_proj, nn.Linear):
+                nn.init.zeros_(module.out_proj.weight)
+                nn.init.zeros_(module.out_proj.bias)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor | None = None,
+        context: torch.Tensor | None = None,
+        class_labels: torch.Tensor | None = None,
+        down_block_additional_residuals: Sequence[torch.Tensor] | None = None,
+        mid_block_additional_residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Predict from the noisy image.
+
+        Args:
+            x: noisy image, then the concatenated condition (B, in_channels, *S).
+            timesteps: times (B,); zero when left out.
+            context: tokens for cross-attention (B, L, D).
+            class_labels: class indices (B,).
+            down_block_additional_residuals: a ControlNet's, one for each skip.
+            mid_block_additional_residual: a ControlNet's, for the middle.
+
+        Returns:
+            prediction (B, out_channels, *S).
+        """
+        emb = self.embed(x, timesteps, class_labels)
+        h, skips = self.encode(x, emb, context)
+        if down_block_additional_residuals is not None:
+            skips = [s + r for s, r in zip(skips, down_block_additional_residuals, strict=True)]
+        if mid_block_additional_residual is not None:
+            h = h + mid_block_additional_residual
+        return self.decode(h, skips, emb, context)
+
+    def embed(
+        self, x: torch.Tensor, timesteps: torch.Tensor | None, class_labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Embed time (and class) -> (B, 4 * channels[0])."""
+        if timesteps is None:
+            timesteps = torch.zeros(x.shape[0], device=x.device)
+        emb = timestep_embedding(timesteps.expand(x.shape[0]), self.block_out_channels[0], self.max_period)
+        emb = self.time_embed(emb.to(x.dtype))
+        if self.num_class_embeds is not None:
+            if class_labels is None:
+                raise ValueError("class_labels are needed: the network was built with num_class_embeds")
+            emb = emb + self.class_embedding(class_labels).to(emb.dtype)
+        return emb
+
+    def encode(
+        self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Run the down path and the middle -> bottleneck, skips from fine to coarse."""
+        if context is not None and not self.with_conditioning:
+            raise ValueError("context came, but the network has no cross-attention: set with_conditioning")
+        h = self.conv_in(x)
+        skips = [h]
+        for block in self.down_blocks:
+            h, residuals = block(hidden_states=h, temb=emb, context=context)
+            skips += residuals
+        return self.middle_block(hidden_states=h, temb=emb, context=context), skips
+
+    def decode(
+        self, h: torch.Tensor, skips: Sequence[torch.Tensor], emb: torch.Tensor, context: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Run the up path -> prediction (B, out_channels, *S)."""
+        skips = list(skips)
+        for block in self.up_blocks:
+            count = len(block.resnets)
+            skips, used = skips[:-count], skips[-count:]
+            h = block(hidden_states=h, res_hidden_states_list=used, temb=emb, context=context)
+        return self.out(h)
