@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 LABELS = {"lung": 1, "nodule": 2}  # 0 is background
 FIELD_OF_VIEW = (360.0, 270.0, 320.0)  # mm along R, A, S; anatomy below is in mm from its centre
-RECIPE = 1  # raise it when a change below alters the voxels of a given seed
+RECIPE = 2  # raise it when a change below alters the voxels of a given seed
 
 # Tissue: mean HU, and how much its texture varies.
 TISSUES: dict[str, tuple[float, float]] = {
@@ -240,6 +240,7 @@ def mediastinum(p: Sequence[Field], heart_shrink: float) -> Field:
         ((2, -38, 20), (2, -36, -200), 13, 17, (1, 1.8, 1)),  # esophagus and what goes with it
         ((0, 40, 60), (0, 66, -20), 8, 10, (1, 3.2, 1)),  # behind the sternum
         ((0, 66, -20), (-14, 60, -110), 10, 22, (1, 3.2, 1)),
+        ((-12, 20, -60), (-16, 24, -110), 30, 30, (1, 1, 1)),  # the heart rests on the diaphragm
     ):
         parts = union(parts, tube(p, a, b, ra, rb, flat), 10)
     return parts

@@ -192,7 +192,7 @@ class DDPM(ExactScheduler, DDPMScheduler):
         if self.variance_type == "fixed_large":
             std = (1 - abar / abar_prev) ** 0.5
         noise = draw(sample, generator)
-        return (mean if last else mean + max(std, 1e-10) * noise), x_0
+        return (mean if last else mean + max(std, 1e-10) * noise), x_0  # variance >= 1e-20, as Ho's code
 
 
 class DDIM(DDPM):

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, Randomizable, SpatialCrop, SpatialPad, Transform
+from monai.transforms import InvertibleTransform, MapTransform, Randomizable, Transform
+from monai.utils import TraceKeys
 from scipy import ndimage
 
 from .io import CaseError
@@ -301,40 +302,36 @@ class PlaceNoduled(Transform):
         raise CaseError(f"{name}: no place in the lung for a nodule of {extent} voxels: lower --nodule_diameter or --nodule_scale")
 
 
-class CropNoduled(MapTransform, Randomizable):
+class CropNoduled(MapTransform, Randomizable, InvertibleTransform):
     """Cuts a cube around the nodule (Lung-DDPM+): ``start = max(0, min(n - size, v - size // 2))`` on every axis.
 
     Args:
         keys: images and layout to cut, all on one grid.
         layout: key of the label map.
-        size: edge of the cube in voxels; shorter axes are padded with the image's minimum (air), label 0.
+        size: edges of the cube in voxels; shorter axes are padded with the image's minimum (air, or label 0).
         nodule: number of the nodule label.
         random: v is a random nodule voxel (training); else the centre of the largest nodule.
-        inside: key of a mask (1, *S) of the cube, added so that inverting tells where to paste.
     """
 
     def __init__(
-        self, keys: KeysCollection, layout: str, size: Sequence[int], nodule: int = 2, random: bool = False, inside: str | None = None
+        self, keys: KeysCollection, layout: str, size: Sequence[int], nodule: int = 2, random: bool = False
     ) -> None:
         super().__init__(keys)
         self.layout = layout
         self.size = list(size)
         self.nodule = nodule
         self.random = random
-        self.inside = inside
 
     def __call__(self, data: Data) -> dict:
-        """Cut."""
+        """Cut, and remember where."""
         data = dict(data)
         nodules = np.asarray(torch.as_tensor(data[self.layout])[0]) == self.nodule
         if not nodules.any():
             raise CaseError(f"{_file(data, self.layout)} has no nodule to cut around: draw one, or use --nodules add")
         voxel = self.voxel(nodules)
-        start = [max(0, min(n - s, v - s // 2)) for n, s, v in zip(nodules.shape, self.size, voxel, strict=True)]
-        crop = SpatialCrop(roi_start=start, roi_end=[a + s for a, s in zip(start, self.size, strict=True)])
+        start = [int(max(0, min(n - s, v - s // 2))) for n, s, v in zip(nodules.shape, self.size, voxel, strict=True)]
         for key in self.key_iterator(data):
-            air = float(torch.as_tensor(data[key]).amin())
-            data[key] = SpatialPad(self.size, method="end", mode="constant", value=air)(crop(data[key]))
+            data[key] = self.cut(data[key], start)
         return data
 
     def voxel(self, nodules: np.ndarray) -> np.ndarray:
@@ -346,26 +343,62 @@ class CropNoduled(MapTransform, Randomizable):
         largest = 1 + int(np.argmax(ndimage.sum_labels(nodules, components, range(1, count + 1))))
         return np.round(np.argwhere(components == largest).mean(axis=0)).astype(int)
 
+    def cut(self, image: MetaTensor, start: Sequence[int]) -> MetaTensor:
+        """One image's cube, its affine moved along."""
+        values = torch.as_tensor(image)
+        cube = values[(slice(None), *(slice(a, a + s) for a, s in zip(start, self.size, strict=True)))]
+        short = [s - n for s, n in zip(self.size, cube.shape[1:], strict=True)]
+        padding = [p for s in reversed(short) for p in (0, s)]
+        cube = torch.nn.functional.pad(cube, padding, value=float(values.amin()))
+        shift = torch.eye(4, dtype=image.affine.dtype)
+        shift[:3, 3] = torch.tensor(start, dtype=shift.dtype)
+        meta = {**image.meta, "affine": image.affine @ shift}
+        out = MetaTensor(cube, meta=meta, applied_operations=image.applied_operations)
+        self.push_transform(out, orig_size=image.shape[1:], extra_info={"start": list(start)})
+        return out
+
+    def inverse(self, data: Data) -> dict:
+        """Lay the cube back into an empty volume of the original size."""
+        data = dict(data)
+        for key in self.key_iterator(data):
+            cube = data[key]
+            operation = self.pop_transform(cube)
+            size, start = operation[TraceKeys.ORIG_SIZE], operation[TraceKeys.EXTRA_INFO]["start"]
+            shift = torch.eye(4, dtype=cube.affine.dtype)
+            shift[:3, 3] = -torch.tensor(start, dtype=shift.dtype)
+            whole = torch.zeros((cube.shape[0], *size), dtype=cube.dtype, device=cube.device)
+            used = [min(s, n - a) for s, n, a in zip(self.size, size, start, strict=True)]
+            inside = tuple(slice(0, u) for u in used)
+            box = tuple(slice(a, a + u) for a, u in zip(start, used, strict=True))
+            whole[(slice(None), *box)] = torch.as_tensor(cube)[(slice(None), *inside)]
+            meta = {**cube.meta, "affine": cube.affine @ shift}
+            data[key] = MetaTensor(whole, meta=meta, applied_operations=cube.applied_operations)
+        return data
+
 
 class PasteBackd(Transform):
-    """Puts the synthesis into the original: inside the region the prediction, outside it the original, to the bit.
+    """Puts the synthesis into the original: inside the layout the prediction, outside it the original, to the bit.
 
     Args:
         key: the prediction, on the original grid.
-        original: key of the original image; unknown (NaN) voxels take the prediction everywhere.
-        region: key of a mask, synthesised where it is above 0.
+        original: key of the original image; where that is unknown (NaN) the prediction stays.
+        layout: key of the label map on the original grid.
+        labels: label numbers that are synthesised.
     """
 
-    def __init__(self, key: str, original: str, region: str) -> None:
+    def __init__(self, key: str, original: str, layout: str, labels: Sequence[int]) -> None:
         self.key = key
         self.original = original
-        self.region = region
+        self.layout = layout
+        self.labels = list(labels)
 
     def __call__(self, data: Data) -> dict:
         """Paste, where there is an original (MONAI Label hands over none)."""
         data = dict(data)
-        if self.original in data and self.region in data:
-            pred, original, region = data[self.key], data[self.original], torch.as_tensor(data[self.region])
-            keep = (region <= 0) & torch.as_tensor(original).isfinite()
-            data[self.key] = torch.where(keep.to(pred.device), torch.as_tensor(original).to(pred), pred)
+        if self.original in data and self.layout in data:
+            pred, original = data[self.key], torch.as_tensor(data[self.original])
+            layout = torch.as_tensor(data[self.layout])
+            outside = ~torch.isin(layout, torch.tensor(self.labels, dtype=layout.dtype, device=layout.device))
+            keep = (outside & original.isfinite()).to(pred.device)
+            data[self.key] = torch.where(keep, original.to(device=pred.device, dtype=pred.dtype), pred)
         return data
