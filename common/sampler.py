@@ -31,7 +31,7 @@ class DiffusionSampler(Inferer):
         latent_shape: spatial shape of the state; None takes the condition's.
         seed: case b of a call without seeds draws from ``seed + b``.
         on_step: called as ``on_step(index, x)`` after every step, to watch or record the loop.
-        verbose: show a progress bar.
+        verbose: show a progress bar, on a terminal.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class DiffusionSampler(Inferer):
         self.latent_shape = latent_shape
         self.seed = seed
         self.on_step = on_step
-        self.verbose = verbose
+        self.quiet = None if verbose else True  # None: tqdm shows the bar on a terminal only
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]
@@ -86,7 +86,7 @@ class DiffusionSampler(Inferer):
         x = self.initial(inputs, denoise, noise)
 
         self.scheduler.set_timesteps(self.num_inference_steps)
-        steps = tqdm(self.scheduler.timesteps, desc="sampling", unit="call", disable=not self.verbose, leave=False)
+        steps = tqdm(self.scheduler.timesteps, desc="sampling", unit="call", disable=self.quiet, leave=False)
         for index, t in enumerate(steps):
             x = self.step(denoise, x, t, noise)
             x = self.after_step(x, index, inputs, noise)
@@ -208,6 +208,6 @@ class InversionSampler(LayoutGuidedSampler):
         """Run the reference image up to pure noise, under the same condition."""
         x = inputs[:, : self.channels].nan_to_num()
         self.scheduler.set_timesteps(self.num_inference_steps, invert=True)  # type: ignore[call-arg]
-        for t in tqdm(self.scheduler.timesteps, desc="inverting", unit="call", disable=not self.verbose, leave=False):
+        for t in tqdm(self.scheduler.timesteps, desc="inverting", unit="call", disable=self.quiet, leave=False):
             x = self.step(denoise, x, t, noise)
         return x
