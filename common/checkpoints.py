@@ -133,17 +133,17 @@ class CheckpointLoader(monai.handlers.CheckpointLoader):
         network.load_state_dict({k: v for k, v in state.items() if _fits(v, target.get(k))}, strict=self.strict)
 
 
-def compare(state: Mapping[str, Any], target: Mapping[str, Tensor]) -> str:
-    """Say in one line what keeps `state` from filling `target`; empty if it fits."""
-    shapes = [
-        f"{k} {tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__}, network has {tuple(target[k].shape)}"
-        for k, v in state.items()
-        if k in target and not _fits(v, target[k])
-    ]
+def compare(state: Mapping[str, Any], target: Mapping[str, Tensor], origin: Mapping[str, str] | None = None) -> str:
+    """Say in one line what keeps `state` from filling `target`; empty if it fits. `origin` maps names to the file's."""
+    names = {k: k if origin is None or origin.get(k, k) == k else f"{k} from {origin[k]}" for k in state}
     found = {
         "missing": [k for k in target if k not in state],
-        "unexpected": [k for k in state if k not in target],
-        "of another shape": shapes,
+        "unexpected": [names[k] for k in state if k not in target],
+        "of another shape": [
+            f"{names[k]} {tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__} for {tuple(target[k].shape)}"
+            for k, v in state.items()
+            if k in target and not _fits(v, target[k])
+        ],
     }
     return "; ".join(f"{len(keys)} {what} ({_some(keys)})" for what, keys in found.items() if keys)
 
@@ -159,3 +159,197 @@ def _some(keys: list[str], limit: int = 8) -> str:
 def _unwrap(network: nn.Module) -> nn.Module:
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     return network.module if isinstance(network, parallel) else network
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Renaming
+
+# MONAI GenerativeModels 0.2.3. Its attention blocks own a `proj_attn` that their forward never applies, so it is untrained;
+# MONAI's `load_old_state_dict` copies it into `out_proj`, which is applied, and thereby changes the output. Ours: identity.
+MONAI_GENERATIVE: dict[str, Any] = {
+    "select": ["state_dict", "model", ""],
+    "drop": [[r".*\.proj_attn\.(weight|bias)", "never applied by generative's forward"]],
+    "rename": [
+        [r"^((?:.*\.)?(?:attentions\.\d+|attention|blocks\.\d+))\.(to_[qkv])\.", "{_1}.attn.{_2}."],
+        [r"\.to_out\.0\.", ".out_proj."],
+        [r"\.upsampler\.conv\.", ".upsampler.postconv."],
+        [r"^(decoder\.blocks\.\d+)\.conv\.conv\.", "{_1}.postconv.conv."],
+    ],
+    "fill": [[r".*\.attn\.out_proj\.weight", "identity"], [r".*\.attn\.out_proj\.bias", "zeros"]],
+    "knobs": {
+        "channels": "$[shape(f'down_blocks.{i}.resnets.0.conv1.conv.weight', 0) for i in range(L)]",
+        "attention_levels": "$[has(f'down_blocks.{i}.attentions.0.norm.weight') for i in range(L)]",
+        "num_res_blocks": "$[count(rf'down_blocks\\.{i}\\.resnets\\.\\d+\\.norm1\\.weight') for i in range(L)]",
+        "norm_num_groups": 32,
+    },
+    "constants": {"L": r"$count(r'down_blocks\.\d+\.resnets\.0\.norm1\.weight')"},
+}
+
+
+def select(content: Mapping[str, Any], rules: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Find the state dict inside a file -> (state dict, its name).
+
+    ``"select"`` names the alternatives, first found first taken, ``""`` being the file's top level. ``"ema"``, e.g.
+    ``["model.", "model_ema."]``, says under which prefixes weights and their dotless averaged twins lie (latent diffusion).
+    """
+    found = {n: content if n == "" else content.get(n) for n in rules.get("select", [""])}
+    usable = [n for n, v in found.items() if isinstance(v, Mapping) and any(isinstance(x, Tensor) for x in v.values())]
+    if not usable:
+        wanted = " or ".join(repr(n) if n else "its top level" for n in found)
+        raise CheckpointError(f"no weights under {wanted}; the file holds {_some([repr(k) for k in content])}: name one by --select")
+    state = dict(found[usable[0]] or {})
+    if "ema" in rules:
+        plain, averaged = rules["ema"]
+        twins = {k: averaged + k.removeprefix(plain).replace(".", "") for k in state if k.startswith(plain)}
+        state = {k: state[twins[k]] if twins.get(k) in state else v for k, v in state.items() if k not in twins.values()}
+    return state, usable[0]
+
+
+def translate(source: Mapping[str, Any], rules: Mapping[str, Any], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename, split and squeeze a foreign state dict until it fills `target` exactly.
+
+    Args:
+        source: state dict of the reference implementation.
+        rules: data from ``import_rules.json``, applied in this order. A ``"$..."`` string is an expression that may use
+            ``shape(key, axis)``, ``has(key)``, ``count(regex)`` of the source and the constants before it.
+
+            - ``constants``: ``{name: value}``.
+            - ``drop``: ``[regex of a whole key, reason]``.
+            - ``rename``: ``[regex, replacement]``, each applied to the result of those before; ``{...}`` in a replacement
+              is an expression over constants and groups (``_1``, ``_2``, ...; digits are numbers).
+            - ``split``: ``{"key": part of a name, "into": its replacements, "heads": 1}``; rows lie (head, part, channel).
+            - ``squeeze``: regexes of whole keys that lose trailing axes of length one.
+            - ``fill``: ``[regex of a whole key, "identity" or "zeros"]`` for what the source does not have.
+        target: ``network.state_dict()``; gives names, order, shapes and types.
+
+    Returns:
+        a state dict that loads strictly.
+
+    Example:
+        >>> rules = {"rename": [["block(\\\\d)", "blocks.{_1 - 1}"]]}
+        >>> list(translate({"block3.w": torch.ones(2)}, rules, {"blocks.2.w": torch.zeros(2)}))
+        ['blocks.2.w']
+    """
+    scope = _scope(source, rules)
+    dropped = {key for keys in dropped_keys(source, rules).values() for key in keys}
+    result: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for key, value in source.items():
+        if key in dropped:
+            continue
+        for name, part in _split(_rename(key, rules, scope), value, rules, scope).items():
+            if name in result:
+                raise CheckpointError(f"{origin[name]} and {key} both become {name}: the rules do not fit this file")
+            origin[name] = key
+            result[name] = _squeeze(part) if any(re.fullmatch(p, name) for p in rules.get("squeeze", [])) else part
+    for pattern, how in rules.get("fill", []):
+        for name in [n for n in target if n not in result and re.fullmatch(pattern, n)]:
+            like = target[name]
+            result[name] = torch.eye(*like.shape) if how == "identity" else torch.zeros(like.shape)
+    problems = compare(result, target, origin)
+    if problems:
+        raise CheckpointError(f"the weights do not fill the network: {problems}. Check layout, --select and knobs")
+    bad = [origin.get(n, n) for n, v in result.items() if v.is_floating_point() and not v.isfinite().all()]
+    if bad:
+        raise CheckpointError(f"{len(bad)} tensors hold NaN or infinity ({_some(bad)}): the training diverged, take another file")
+    # Copies, so that nothing of the mapped file or of a shared storage stays behind.
+    return {n: result[n].detach().to(v.dtype, copy=True).contiguous() for n, v in target.items()}
+
+
+def from_monai_generative(source: Mapping[str, Any], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """State dict of a MONAI GenerativeModels U-Net or autoencoder -> the one of MONAI's or ours."""
+    return translate(source, MONAI_GENERATIVE, target)
+
+
+def dropped_keys(source: Mapping[str, Any], rules: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Say which source keys the rules leave out knowingly -> {reason: keys}."""
+    dropped: dict[str, list[str]] = {}
+    for key in source:
+        reason = next((why for pattern, why in rules.get("drop", []) if re.fullmatch(pattern, key)), None)
+        if reason is not None:
+            dropped.setdefault(reason, []).append(key)
+    return dropped
+
+
+def read_knobs(source: Mapping[str, Any], rules: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Read a network's knobs off its weights.
+
+    Args:
+        source: state dict of the reference implementation.
+        rules: ``"knobs"`` maps names to values or ``"$..."`` expressions; null marks what the user must give.
+        given: the user's values, which win.
+
+    Returns:
+        {knob: value}
+    """
+    given = dict(given or {})
+    scope = _scope(source, rules)
+    knobs = {k: given[k] if k in given else _evaluate(v, scope) for k, v in rules.get("knobs", {}).items()}
+    unknown = [k for k, v in knobs.items() if v is None]
+    if unknown:
+        raise CheckpointError(f"the weights do not tell {', '.join(unknown)}: give --{unknown[0]} as in their training")
+    return {**knobs, **given}
+
+
+def _scope(source: Mapping[str, Any], rules: Mapping[str, Any]) -> dict[str, Any]:
+    """Names that the rules' expressions may use: a few functions over the source, then the constants."""
+
+    def find(key: str) -> str | None:
+        return next((k for k in source if k == key or k.endswith(f".{key}")), None)
+
+    def shape(key: str, axis: int) -> int:
+        name = find(key)
+        if name is None:
+            raise CheckpointError(f"no {key} among the weights, which begin {_some(list(source), 3)}: another layout or file")
+        return int(source[name].shape[axis])
+
+    def count(pattern: str) -> int:
+        return sum(bool(re.search(pattern, k)) for k in source)
+
+    functions: dict[str, Callable] = {"shape": shape, "count": count, "has": lambda key: find(key) is not None}
+    scope: dict[str, Any] = {"__builtins__": {"range": range, "len": len, "max": max, "min": min}, **functions}
+    for name, value in rules.get("constants", {}).items():
+        scope[name] = _evaluate(value, scope)
+    return scope
+
+
+def _evaluate(value: Any, scope: dict[str, Any]) -> Any:
+    """Evaluate a ``"$..."`` string, MONAI's mark of an expression; rules belong to the bundle, as its configs do."""
+    if not (isinstance(value, str) and value.startswith("$")):
+        return value
+    try:
+        return eval(value[1:], scope)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"rule {value} fails on these weights ({error}): another layout or file") from error
+
+
+def _rename(key: str, rules: Mapping[str, Any], scope: dict[str, Any]) -> str:
+    for pattern, replacement in rules.get("rename", []):
+
+        def expand(match: re.Match, replacement: str = replacement) -> str:
+            groups = {f"_{n}": int(g) if g and g.isdigit() else g or "" for n, g in enumerate(match.groups(), 1)}
+            return re.sub(r"\{(.+?)\}", lambda part: str(_evaluate(f"${part[1]}", {**scope, **groups})), replacement)
+
+        key = re.sub(pattern, expand, key)
+    return key
+
+
+def _split(key: str, value: Any, rules: Mapping[str, Any], scope: dict[str, Any]) -> dict[str, Any]:
+    """Cut a combined projection into its parts; one of any other name comes back as it is."""
+    for rule in rules.get("split", []):
+        into = rule["into"]
+        if rule["key"] in key and isinstance(value, Tensor) and value.ndim:
+            heads = _evaluate(rule.get("heads", 1), {**scope, "channels": value.shape[0] // len(into)})
+            if value.shape[0] % (heads * len(into)):
+                raise CheckpointError(f"{key} has {value.shape[0]} rows, not divisible into {len(into)} parts of {heads} heads")
+            parts = value.reshape(heads, len(into), -1, *value.shape[1:]).unbind(1)
+            return {key.replace(rule["key"], n): p.flatten(0, 1) for n, p in zip(into, parts, strict=True)}
+    return {key: value}
+
+
+def _squeeze(value: Any) -> Any:
+    while isinstance(value, Tensor) and value.ndim > 2 and value.shape[-1] == 1:
+        value = value.squeeze(-1)
+    return value

@@ -1,0 +1,61 @@
+"""Fixtures: a small phantom cohort, and bundles run as a user runs them, in their own process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+
+from common.phantoms import thorax_cohort  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The repository's root."""
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four thorax phantoms of 24^3: ``CT/`` and ``SEG/``. Read only: copy it before changing anything."""
+    return Path(thorax_cohort(tmp_path_factory.mktemp("cohort"), 4, (24, 24, 24)))
+
+
+def run_command(*command: str, cwd: Path = REPO, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """Run a command as a user would; the result holds stdout and stderr together."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **(env or {})}
+    return subprocess.run(
+        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600
+    )
+
+
+@pytest.fixture(scope="session")
+def run_bundle() -> Callable[..., subprocess.CompletedProcess]:
+    """``run_bundle("lung_ddpm", "inference", "smoke", output_dir=...)``: the README's command in its own process.
+
+    ``cwd`` may be the repository (default) or the bundle's folder; the config paths follow.
+    """
+
+    def run(
+        name: str, *configs: str, cwd: Path = REPO, root: Path | None = None, env: dict | None = None, **knobs: object
+    ) -> subprocess.CompletedProcess:
+        bundle = root or REPO / "bundles" / name
+        folder = os.path.relpath(bundle / "configs", cwd)
+        files = [f"{folder}/{c}.json" for c in configs]
+        config_file = files[0] if len(files) == 1 else str(files)
+        flags = [part for key, value in knobs.items() for part in (f"--{key}", str(value))]
+        return run_command(
+            sys.executable, "-m", "monai.bundle", "run", "--config_file", config_file, *flags, cwd=cwd, env=env
+        )
+
+    return run
