@@ -179,10 +179,13 @@ MONAI_GENERATIVE: dict[str, Any] = {
     "knobs": {
         "channels": "$[shape(f'down_blocks.{i}.resnets.0.conv1.conv.weight', 0) for i in range(L)]",
         "attention_levels": "$[has(f'down_blocks.{i}.attentions.0.norm.weight') for i in range(L)]",
-        "num_res_blocks": "$[count(rf'down_blocks\\.{i}\\.resnets\\.\\d+\\.norm1\\.weight') for i in range(L)]",
+        "num_res_blocks": "$R[0] if min(R) == max(R) else R",
         "norm_num_groups": 32,
     },
-    "constants": {"L": r"$count(r'down_blocks\.\d+\.resnets\.0\.norm1\.weight')"},
+    "constants": {
+        "L": r"$count(r'down_blocks\.\d+\.resnets\.0\.norm1\.weight')",
+        "R": r"$[count(rf'down_blocks\.{i}\.resnets\.\d+\.norm1\.weight') for i in range(L)]",
+    },
 }
 
 

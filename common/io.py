@@ -140,6 +140,18 @@ def list_cases(
     return cases
 
 
+def list_synthetic(output_dir: str | os.PathLike) -> list[Case]:
+    """List what an inference run wrote, by its side-cars: ``{"image", "layout", ..., "reference"}`` for each case."""
+    cases = []
+    for path in sorted(Path(output_dir).glob("*.json")):
+        made_by = json.loads(path.read_text(encoding="utf-8")).get("made_by")
+        if isinstance(made_by, dict) and "outputs" in made_by:
+            case = {stem(file).rpartition("_")[2]: str(path.parent / file) for file in made_by["outputs"]}
+            reference = made_by["case"].get("image")
+            cases.append({**case, "reference": reference} if reference else case)
+    return cases
+
+
 def _wanted(folders: Mapping[str, str]) -> str:
     return ", ".join(f"{folder}/ ({key})" for key, folder in folders.items())
 

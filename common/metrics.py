@@ -1,7 +1,7 @@
 """Is a synthetic cohort good? Distances between cohorts, errors against a reference, signs of memorisation.
 
 FID (Heusel 2017, Eq. 6), KID (Binkowski 2018), MMD (Gretton 2012, Eq. 5), density and coverage (Naeem 2020, Eqs. 5-6),
-MS-SSIM (Wang 2003, Eq. 7). `evaluate_pairs` turns two lists of files into a report.
+MS-SSIM (Wang 2003, Eq. 7). `evaluation` makes a report of them.
 
 Why MONAI's are not called as they are: `get_fid_score` takes the root of a matrix that is singular for fewer cases than
 features (negative values) and fails on one feature; `MMDMetric` has a linear kernel (sees means only) and wants equally
@@ -11,37 +11,21 @@ luminance term values in [0, data_range]. Where both are defined we agree with M
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-import os
-import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import monai
 import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.metrics.regression import compute_ssim_and_cs
-from monai.transforms import LoadImage, Orientation
 
 Extractor = Callable[[torch.Tensor], torch.Tensor]
 """Images (N, C, *S), float in [-1, 1] -> features (N, F)."""
 
 STATISTICS = ("mean", "std", "p5", "p50", "p95")
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang 2003, Section 3.2
-NOTES = (
-    "FID, KID, MMD, density, coverage and feature distances depend on the extractor and the image size: compare rows "
-    "made with the same ones only, and not with published values made with another network.",
-    "Methods that copy the background from the reference are flattered by whole-volume MSE and MS-SSIM, and by FID and "
-    "MMD: read the rows inside each label. An MS-SSIM window centred inside a label still sees a rim around it.",
-    "HU statistics are taken after clipping to the window, which synthetic images cannot leave.",
-    "Nearest ratio: distance of a synthetic case to its nearest real case, over the median distance of a real case to "
-    "its nearest other. Near 0 means a copy, if the real cases are those the model was trained on.",
-)
-logger = logging.getLogger(__name__)
 
 
 class RandomConvFeatures:
@@ -272,208 +256,4 @@ def label_hu_statistics(
         inside = image[mask.expand_as(image)].double().numpy()
         numbers = [inside.mean(), inside.std(), *np.percentile(inside, (5, 50, 95))] if inside.size else [math.nan] * 5
         result[name] = {"voxels": float(mask.sum()), **dict(zip(STATISTICS, map(float, numbers), strict=True))}
-    return result
-
-
-def _load(case: Mapping[str, Any], key: str) -> torch.Tensor:
-    """The case's file as a tensor (1, C, *S) in RAS orientation; errors name the file."""
-    if key not in case:
-        raise ValueError(f"case {dict(case)} has no '{key}': every case needs file paths under 'image' and 'layout'")
-    if not Path(case[key]).is_file():
-        raise ValueError(f"{key} file not found: {case[key]}")
-    volume = Orientation(axcodes="RAS", labels=None)(LoadImage(image_only=True, ensure_channel_first=True)(case[key]))
-    if not volume.isfinite().all():
-        raise ValueError(f"{key} file holds NaN or infinite values: {case[key]}")
-    return torch.as_tensor(volume.numpy(), dtype=torch.float32)[None]
-
-
-def _measure(
-    case: Mapping[str, Any],
-    image_size: Sequence[int] | None,
-    window: tuple[float, float],
-    labels: Mapping[str, int],
-    extractor: Extractor,
-) -> dict[str, Any]:
-    """All that one case tells by itself: features, a thumbnail of voxels, statistics, errors against its reference."""
-
-    def scaled(hu: torch.Tensor) -> torch.Tensor:
-        return 2 * (hu.clamp(*window) - window[0]) / (window[1] - window[0]) - 1
-
-    hu, layout = _load(case, "image"), _load(case, "layout")
-    if hu.shape[2:] != layout.shape[2:]:
-        shapes = f"{tuple(hu.shape[2:])} and {tuple(layout.shape[2:])}"
-        raise ValueError(f"image and layout differ in shape, {shapes}: {case['image']}, {case['layout']}")
-    size = tuple(image_size or hu.shape[2:])
-    image = F.interpolate(scaled(hu), size, mode="area")  # as MONAI's Resize
-    features = extractor(image)
-    if features.ndim != 2 or len(features) != 1:
-        raise ValueError(f"the extractor must map (N, C, *S) to (N, F), got {tuple(features.shape)} for one image")
-    measured = {
-        "image": str(case["image"]),
-        "features": features[0].detach().cpu(),
-        "voxels": F.interpolate(image, (32,) * len(size), mode="area")[0],
-        "labels": label_hu_statistics(hu[0].clamp(*window), layout[0], labels),
-    }
-    if "reference" in case:
-        # Compare on the synthetic image's grid, whatever the reference's.
-        reference = F.interpolate(scaled(_load(case, "reference")), size, mode="area")
-        regions = F.interpolate(layout, size, mode="nearest")
-        masks = torch.cat([torch.ones_like(regions), *(regions == value for value in labels.values())], dim=1)
-        error = mse(image, reference, masks)
-        similarity = ms_ssim(image, reference, masks) if min(size) >= 11 else error * math.nan
-        rows = (dict(zip(("mse", "ms_ssim"), row, strict=True)) for row in torch.cat([error, similarity]).T.tolist())
-        measured["reference"] = dict(zip(("whole volume", *labels), rows, strict=True))
-    return measured
-
-
-def _summary(values: Sequence[float]) -> dict[str, float]:
-    """Mean and standard deviation over the cases that have a value."""
-    known = [value for value in values if math.isfinite(value)]
-    return {"mean": float(np.mean(known or math.nan)), "std": float(np.std(known or math.nan)), "cases": len(known)}
-
-
-def _summaries(tables: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Tables row -> column -> value, one per case, to one table of summaries."""
-    first = tables[0] if tables else {}
-    return {r: {c: _summary([table[r][c] for table in tables]) for c in row} for r, row in first.items()}
-
-
-def _finite(tree: Any, reasons: dict[str, str], path: str = "") -> Any:
-    """The tree with NaN and infinity replaced by None, and a reason noted for each that has none yet."""
-    if isinstance(tree, Mapping):
-        return {key: _finite(value, reasons, f"{path}/{key}".lstrip("/")) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_finite(value, reasons, f"{path}/*") for value in tree]  # one reason for all cases alike
-    if isinstance(tree, float) and not math.isfinite(tree):
-        reasons.setdefault(
-            path, "not defined here: label absent, image or region too small, or too few or duplicate cases"
-        )
-        return None
-    return tree
-
-
-def _write(path: Path, text: str) -> None:
-    """Atomically: a reader sees the old file or the new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def _markdown(result: Mapping[str, Any]) -> str:
-    """The report people read: one table of cohort metrics, one against references, one of HU statistics, the notes."""
-
-    def show(value: Any) -> str:
-        if isinstance(value, Mapping):
-            return f"{show(value['mean'])} ± {show(value['std'])} (n={value['cases']})"
-        return "-" if value is None else f"{value:.4g}"
-
-    def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-        return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)] + [""]
-
-    counts, settings = result["counts"], result["settings"]
-    lines = [
-        f"# {result['name']}\n",
-        f"{counts['synthetic']} synthetic against {counts['real']} real cases, {counts['reference']} with a reference; "
-        f"features by {settings['extractor']}, image size {settings['image_size'] or 'native'}, "
-        f"window {settings['window']}.\n",
-        *table(["metric", "value"], [[name, show(value)] for name, value in result["metrics"].items()]),
-    ]
-    if result["reference"]:
-        rows = [[region, show(row["mse"]), show(row["ms_ssim"])] for region, row in result["reference"].items()]
-        lines += table(["against the reference", "MSE", "MS-SSIM"], rows)
-    if settings["labels"]:
-        header = ["HU inside label", "cohort", "voxels", *STATISTICS]
-        rows = [
-            [label, cohort, *(show(row[statistic]["mean"]) for statistic in ("voxels", *STATISTICS))]
-            for label in settings["labels"]
-            for cohort, row in ((cohort, result["labels"][cohort][label]) for cohort in ("real", "synthetic"))
-        ]
-        lines += table(header, rows)
-    return "\n".join([*lines, *(f"- {note}" for note in result["notes"])]) + "\n"
-
-
-def evaluate_pairs(
-    real: Sequence[Mapping[str, Any]],
-    synthetic: Sequence[Mapping[str, Any]],
-    output_dir: str | Path,
-    *,
-    image_size: Sequence[int] | None = None,
-    window: tuple[float, float] = (-1000, 1000),
-    labels: Mapping[str, int],
-    extractor: Extractor | None = None,
-    name: str = "evaluation",
-) -> dict[str, Any]:
-    """Compare a synthetic with a real cohort; write `<name>.json` and `<name>.md`, one volume in memory at a time.
-
-    Args:
-        real: cases {"image": path, "layout": path}; the training set, if nearest distances are to show memorisation.
-        synthetic: likewise, of any number; "reference" may name the image a case was made from.
-        output_dir: folder of the report, made if missing.
-        image_size: size (*S) for features and errors, by default the native one (errors: the synthetic image's).
-        window: intensities (HU) that become [-1, 1].
-        labels: name -> value in the layouts, e.g. {"lung": 1, "nodule": 2}.
-        extractor: images (N, C, *S) in [-1, 1] -> features (N, F), by default `RandomConvFeatures()`.
-        name: stem of the two files.
-
-    Returns:
-        what the JSON holds. A metric that cannot be computed is None, and "reasons" says why.
-    """
-    if not real or not synthetic:
-        raise ValueError(f"nothing to compare: {len(real)} real and {len(synthetic)} synthetic cases")
-    if not window[0] < window[1]:
-        raise ValueError(f"window must be (low, high), got {window}")
-    extractor = RandomConvFeatures() if extractor is None else extractor
-    cohorts: dict[str, list[dict[str, Any]]] = {"real": [], "synthetic": []}
-    for cohort, cases in (("real", real), ("synthetic", synthetic)):
-        for i, case in enumerate(cases, 1):
-            logger.info("%s case %d of %d: %s", cohort, i, len(cases), case.get("image"))
-            cohorts[cohort].append(_measure(case, image_size, window, labels, extractor))
-    r, s = (torch.stack([case["features"] for case in cohorts[cohort]]) for cohort in ("real", "synthetic"))
-
-    # Cohort metrics: those that too few cases forbid become null with the error as the reason.
-    reasons: dict[str, str] = {}
-    metrics: dict[str, Any] = {}
-    for keys, compute in (
-        (["fid"], lambda: [fid(r, s)]),
-        (["kid_mean", "kid_std"], lambda: kid(r, s)),
-        (["mmd"], lambda: [mmd(r, s)]),
-        (["density", "coverage"], lambda: density_coverage(r, s)),
-    ):
-        try:
-            metrics |= zip(keys, compute(), strict=True)
-        except ValueError as error:
-            metrics |= dict.fromkeys(keys)
-            reasons |= dict.fromkeys((f"metrics/{key}" for key in keys), str(error))
-
-    # Memorisation, in both spaces.
-    for space in ("features", "voxels"):
-        x, y = (torch.stack([case.pop(space) for case in cohorts[cohort]]) for cohort in ("synthetic", "real"))
-        nearest = nearest_training_distance(x, y)
-        for case, distance, index, ratio in zip(cohorts["synthetic"], *(z.tolist() for z in nearest[:3]), strict=True):
-            case[f"nearest_{space}"] = {"distance": distance, "ratio": ratio, "image": cohorts["real"][index]["image"]}
-        metrics[f"nearest_{space}_min_ratio"] = float(nearest.ratio.min())
-        metrics[f"nearest_{space}_median_ratio"] = float(nearest.ratio.median())
-
-    with_reference = [case["reference"] for case in cohorts["synthetic"] if "reference" in case]
-    result = {
-        "name": name,
-        "counts": {**{cohort: len(cases) for cohort, cases in cohorts.items()}, "reference": len(with_reference)},
-        "settings": {
-            "image_size": None if image_size is None else list(image_size),
-            "window": list(window),
-            "labels": dict(labels),
-            "extractor": getattr(extractor, "description", getattr(extractor, "__qualname__", repr(extractor))),
-        },
-        "versions": {"python": platform.python_version(), "monai": monai.__version__, "torch": torch.__version__},
-        "metrics": metrics,
-        "reference": _summaries(with_reference),
-        "labels": {cohort: _summaries([case["labels"] for case in cases]) for cohort, cases in cohorts.items()},
-        "cases": cohorts,
-        "notes": list(NOTES),
-    }
-    result = {**_finite(result, reasons), "reasons": reasons}
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / f"{name}.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
-    _write(folder / f"{name}.md", _markdown(result))
     return result

@@ -136,7 +136,9 @@ def _build(parser: ConfigParser, knobs: Mapping[str, Any]) -> torch.nn.Module:
 
 
 def _describe(value: Any) -> Any:
-    return value if isinstance(value, (int, float, str)) else f"{type(value).__name__} of {len(value)}" if hasattr(value, "__len__") else type(value).__name__
+    if isinstance(value, (int, float, str)):
+        return value
+    return f"{type(value).__name__} of {len(value)}" if isinstance(value, (Mapping, list)) else type(value).__name__
 
 
 def write(network: torch.nn.Module, card: dict[str, Any], output: Path) -> None:
@@ -165,6 +167,7 @@ def _command(root: Path, output: Path, overlays: Sequence[str]) -> str:
 def _arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
     parser = argparse.ArgumentParser(
         prog="import_weights.py",
+        allow_abbrev=False,
         description="Import an author's checkpoint into a bundle.",
         epilog="Any other --knob value sets a knob of configs/inference.json, e.g. --norm_num_groups 4. "
         "Exit codes: 0 imported, 1 the file is refused, 2 the command line is wrong.",
