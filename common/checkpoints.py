@@ -1,7 +1,7 @@
-"""Other people's weights into our networks: read without running code, rename by rules that are data, account for every key.
+"""Other people's weights into our networks: no code run, names translated by rules, every key accounted for.
 
-`read_weights` opens a file, `CheckpointLoader` puts it into a network from a config, and `translate` turns a foreign state
-dict into ours. All are strict both ways: a key that is left over, missing or of another shape is an error that lists it.
+`read_weights` opens a file, `CheckpointLoader` puts it into a network from a config, and `translate` turns a foreign
+state dict into ours. All are strict both ways: a key left over, missing or of another shape is an error that lists it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _check_file(path: Path, max_bytes: int) -> None:
     elif head.startswith(b"pk\x03\x04"):
         raise CheckpointError(f"{path} is cut off (a zip without its end): fetch it again")
     if size > max_bytes:
-        raise CheckpointError(f"{path} has {size} bytes, more than the limit of {max_bytes}: raise max_bytes if you trust it")
+        raise CheckpointError(f"{path} has {size} bytes, more than the limit of {max_bytes}: raise max_bytes")
 
 
 def _read_safetensors(path: Path) -> Any:
@@ -96,7 +96,7 @@ def _read_torch(path: Path) -> Any:
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise CheckpointError(f"{path} is damaged, cut off or no PyTorch state dict ({reason}): fetch it again") from error
+        raise CheckpointError(f"{path} is damaged, cut off or no PyTorch file ({reason}): fetch it again") from error
 
 
 class CheckpointLoader(monai.handlers.CheckpointLoader):
@@ -110,7 +110,8 @@ class CheckpointLoader(monai.handlers.CheckpointLoader):
         """Load every object of `load_dict`."""
         content = read_weights(self.load_path)
         for name, item in self.load_dict.items():
-            inner = next((content[k] for k in (name, "model", "state_dict") if isinstance(content.get(k), Mapping)), None)
+            nested = (content.get(k) for k in (name, "model", "state_dict"))
+            inner = next((state for state in nested if isinstance(state, Mapping)), None)
             if inner is None and len(self.load_dict) > 1:
                 raise CheckpointError(f"{self.load_path} has no entry {name!r}, only {', '.join(map(repr, content))}")
             state = content if inner is None else inner
@@ -124,8 +125,8 @@ class CheckpointLoader(monai.handlers.CheckpointLoader):
         problems = compare(state, network.state_dict())
         if problems and self.strict:
             raise CheckpointError(
-                f"{self.load_path} does not fit the network: {problems}. Weights and knobs differ: pass the overlay that "
-                "tools/import_weights.py wrote (models/imported.json), the knobs of that training, or train again"
+                f"{self.load_path} does not fit the network: {problems}. Weights and knobs differ: pass the overlay "
+                "that tools/import_weights.py wrote (models/imported.json), the knobs of that training, or train again"
             )
         if problems:
             self.logger.warning(f"{self.load_path} fits in part only: {problems}")
@@ -164,8 +165,8 @@ def _unwrap(network: nn.Module) -> nn.Module:
 # ---------------------------------------------------------------------------------------------------------------------
 # Renaming
 
-# MONAI GenerativeModels 0.2.3. Its attention blocks own a `proj_attn` that their forward never applies, so it is untrained;
-# MONAI's `load_old_state_dict` copies it into `out_proj`, which is applied, and thereby changes the output. Ours: identity.
+# MONAI GenerativeModels 0.2.3. Its attention blocks own a `proj_attn` that their forward never applies, so it stays as
+# drawn. MONAI's `load_old_state_dict` copies it into `out_proj`, which is applied: other outputs. Ours: identity.
 MONAI_GENERATIVE: dict[str, Any] = {
     "select": ["state_dict", "model", ""],
     "drop": [[r".*\.proj_attn\.(weight|bias)", "never applied by generative's forward"]],
@@ -177,7 +178,7 @@ MONAI_GENERATIVE: dict[str, Any] = {
     ],
     "fill": [[r".*\.attn\.out_proj\.weight", "identity"], [r".*\.attn\.out_proj\.bias", "zeros"]],
     "knobs": {
-        "channels": "$[shape(f'down_blocks.{i}.resnets.0.conv1.conv.weight', 0) for i in range(L)]",
+        "channels": "$[shape(f'down_blocks.{i}.resnets.0.conv1.conv.weight', 0) for i in range(max(L, 1))]",
         "attention_levels": "$[has(f'down_blocks.{i}.attentions.0.norm.weight') for i in range(L)]",
         "num_res_blocks": "$R[0] if min(R) == max(R) else R",
         "norm_num_groups": 32,
@@ -193,18 +194,22 @@ def select(content: Mapping[str, Any], rules: Mapping[str, Any]) -> tuple[dict[s
     """Find the state dict inside a file -> (state dict, its name).
 
     ``"select"`` names the alternatives, first found first taken, ``""`` being the file's top level. ``"ema"``, e.g.
-    ``["model.", "model_ema."]``, says under which prefixes weights and their dotless averaged twins lie (latent diffusion).
+    ``["model.", "model_ema."]``, says under which prefixes weights and their dotless averaged twins lie, as in LDM.
     """
     found = {n: content if n == "" else content.get(n) for n in rules.get("select", [""])}
     usable = [n for n, v in found.items() if isinstance(v, Mapping) and any(isinstance(x, Tensor) for x in v.values())]
     if not usable:
         wanted = " or ".join(repr(n) if n else "its top level" for n in found)
-        raise CheckpointError(f"no weights under {wanted}; the file holds {_some([repr(k) for k in content])}: name one by --select")
+        held = _some([repr(k) for k in content])
+        raise CheckpointError(f"no weights under {wanted}; the file holds {held}: name one by --select")
     state = dict(found[usable[0]] or {})
     if "ema" in rules:
         plain, averaged = rules["ema"]
         twins = {k: averaged + k.removeprefix(plain).replace(".", "") for k in state if k.startswith(plain)}
-        state = {k: state[twins[k]] if twins.get(k) in state else v for k, v in state.items() if k not in twins.values()}
+        lost = [k for k, twin in twins.items() if twin not in state]
+        if lost:
+            raise CheckpointError(f"{len(lost)} weights have no average under {averaged} ({_some(lost)})")
+        state = {k: state[twins[k]] if k in twins else v for k, v in state.items() if k not in set(twins.values())}
     return state, usable[0]
 
 
@@ -218,9 +223,10 @@ def translate(source: Mapping[str, Any], rules: Mapping[str, Any], target: Mappi
 
             - ``constants``: ``{name: value}``.
             - ``drop``: ``[regex of a whole key, reason]``.
-            - ``rename``: ``[regex, replacement]``, each applied to the result of those before; ``{...}`` in a replacement
-              is an expression over constants and groups (``_1``, ``_2``, ...; digits are numbers).
-            - ``split``: ``{"key": part of a name, "into": its replacements, "heads": 1}``; rows lie (head, part, channel).
+            - ``rename``: ``[regex, replacement]``, each applied to the result of those before; ``{...}`` in a
+              replacement is an expression over constants and groups (``_1``, ``_2``, ...; digits are numbers).
+            - ``split``: ``{"key": part of a name, "into": its replacements, "heads": 1}``; rows lie (head, part,
+              channel); an expression for heads may use ``channels``.
             - ``squeeze``: regexes of whole keys that lose trailing axes of length one.
             - ``fill``: ``[regex of a whole key, "identity" or "zeros"]`` for what the source does not have.
         target: ``network.state_dict()``; gives names, order, shapes and types.
@@ -254,7 +260,7 @@ def translate(source: Mapping[str, Any], rules: Mapping[str, Any], target: Mappi
         raise CheckpointError(f"the weights do not fill the network: {problems}. Check layout, --select and knobs")
     bad = [origin.get(n, n) for n, v in result.items() if v.is_floating_point() and not v.isfinite().all()]
     if bad:
-        raise CheckpointError(f"{len(bad)} tensors hold NaN or infinity ({_some(bad)}): the training diverged, take another file")
+        raise CheckpointError(f"{len(bad)} tensors hold NaN or infinity ({_some(bad)}): take another file")
     # Copies, so that nothing of the mapped file or of a shared storage stays behind.
     return {n: result[n].detach().to(v.dtype, copy=True).contiguous() for n, v in target.items()}
 
@@ -274,7 +280,9 @@ def dropped_keys(source: Mapping[str, Any], rules: Mapping[str, Any]) -> dict[st
     return dropped
 
 
-def read_knobs(source: Mapping[str, Any], rules: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def read_knobs(
+    source: Mapping[str, Any], rules: Mapping[str, Any], given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Read a network's knobs off its weights.
 
     Args:
@@ -303,7 +311,8 @@ def _scope(source: Mapping[str, Any], rules: Mapping[str, Any]) -> dict[str, Any
     def shape(key: str, axis: int) -> int:
         name = find(key)
         if name is None:
-            raise CheckpointError(f"no {key} among the weights, which begin {_some(list(source), 3)}: another layout or file")
+            begin = _some(list(source), 3)
+            raise CheckpointError(f"no {key} among the weights, which begin {begin}: another layout or file")
         return int(source[name].shape[axis])
 
     def count(pattern: str) -> int:
@@ -346,7 +355,7 @@ def _split(key: str, value: Any, rules: Mapping[str, Any], scope: dict[str, Any]
         if rule["key"] in key and isinstance(value, Tensor) and value.ndim:
             heads = _evaluate(rule.get("heads", 1), {**scope, "channels": value.shape[0] // len(into)})
             if value.shape[0] % (heads * len(into)):
-                raise CheckpointError(f"{key} has {value.shape[0]} rows, not divisible into {len(into)} parts of {heads} heads")
+                raise CheckpointError(f"{key}: {value.shape[0]} rows are no multiple of {len(into)} x {heads} heads")
             parts = value.reshape(heads, len(into), -1, *value.shape[1:]).unbind(1)
             return {key.replace(rule["key"], n): p.flatten(0, 1) for n, p in zip(into, parts, strict=True)}
     return {key: value}

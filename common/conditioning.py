@@ -100,7 +100,8 @@ class ConditionPrepareBatch(DiffusionPrepareBatch):
         drop: probability that a case's condition is replaced by ``null``.
         null: value that stands for "no condition".
         mode: how ``DiffusionInferer`` joins the condition, ``"concat"`` or ``"crossattn"``.
-        seed: fixes noise and time by the call's batch (validation compares epochs on equal draws); None draws anew.
+        seed: makes every call draw the same and leaves the global generators alone, so that validation compares epochs
+            on equal draws; None draws anew.
     """
 
     def __init__(
@@ -114,6 +115,10 @@ class ConditionPrepareBatch(DiffusionPrepareBatch):
         seed: int | None = None,
     ) -> None:
         super().__init__(num_train_timesteps, condition_name)
+        if mode not in ("concat", "crossattn"):
+            raise ValueError(f"mode must be 'concat' or 'crossattn', got {mode!r}")
+        if not 0 <= drop <= 1:
+            raise ValueError(f"drop is a probability, got {drop}")
         self.drop = drop
         self.null = null
         self.mode = mode
@@ -129,13 +134,18 @@ class ConditionPrepareBatch(DiffusionPrepareBatch):
         """Return image, target noise, (), {noise, timesteps, condition, mode}."""
         # MetaTensors carry history that no training step needs: plain tensors are faster.
         plain = {k: convert_to_tensor(v) for k, v in batchdata.items() if isinstance(v, torch.Tensor)}
-        with torch.random.fork_rng(devices=[], enabled=self.seed is not None):
+        cuda = [d for d in [torch.device(device or "cpu")] if d.type == "cuda"]
+        with torch.random.fork_rng(devices=cuda, enabled=self.seed is not None):
             if self.seed is not None:
                 torch.manual_seed(self.seed)
             image, target, args, infer = super().__call__(plain, device, non_blocking, **kwargs)
-        infer["mode"] = self.mode
-        if self.drop and "condition" in infer:
-            condition = infer["condition"]
-            dropped = torch.rand(len(condition), *[1] * (condition.ndim - 1)) < self.drop
-            infer["condition"] = condition.masked_fill(dropped.to(condition.device), self.null)
+            if "condition" in infer:
+                infer |= {"condition": self.dropped(infer["condition"]), "mode": self.mode}
         return image, target, args, infer
+
+    def dropped(self, condition: torch.Tensor) -> torch.Tensor:
+        """Replace the condition of some cases by the null condition."""
+        if not self.drop:
+            return condition
+        chosen = torch.rand(len(condition), *[1] * (condition.ndim - 1)) < self.drop
+        return condition.masked_fill(chosen.to(condition.device), self.null)

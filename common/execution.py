@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from typing import Any
 
 import torch
@@ -49,7 +50,9 @@ class FastPath(Inferer):
         self.precision = precision
         self.channels_last = channels_last
         self.compile = compile
-        self._prepared: set[int] = set()
+        # By the object, not its id: an id comes back when a network is gone.
+        self._prepared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._described = False
 
     def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
         """Call the wrapped inferer under autocast, on a network prepared once."""
@@ -70,16 +73,17 @@ class FastPath(Inferer):
 
     def prepare(self, network: Any, inputs: torch.Tensor) -> None:
         """Lay out the weights, compile on request and say once which path is live."""
-        if not isinstance(network, nn.Module) or id(network) in self._prepared:
+        if not isinstance(network, nn.Module) or network in self._prepared:
             return
         if self.channels_last and inputs.ndim in (4, 5):
             layout = torch.channels_last if inputs.ndim == 4 else torch.channels_last_3d
             network.to(memory_format=layout)  # type: ignore[call-overload]
         if self.compile:
             network.compile()
-        if not self._prepared:
+        if not self._described:
             logger.info(self.describe(inputs.device))
-        self._prepared.add(id(network))
+            self._described = True
+        self._prepared.add(network)
 
     def describe(self, device: torch.device) -> str:
         """One line that says which path is live."""

@@ -1,13 +1,14 @@
 """Sampling: the one reverse loop, as a MONAI ``Inferer``, and Lung-DDPM's two ways to keep the surrounding anatomy.
 
 ``DiffusionSampler`` knows a scheduler (MONAI's contract) and a conditioning adapter; subclasses change where the loop
-starts (`initial`) or what happens after a step (`after_step`). Every case draws from its own seed, so its sample does not
-depend on the batch it came in.
+starts (`initial`) or what happens after a step (`after_step`). Every case draws from its own seed, so its sample does
+not depend on the batch it came in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from monai.inferers import Inferer
@@ -23,7 +24,8 @@ class DiffusionSampler(Inferer):
     """Turns a condition into a sample by running a scheduler backwards.
 
     Args:
-        scheduler: any scheduler of the contract: MONAI's, or ours in `schedules` and `solvers`.
+        scheduler: any of ours in `schedules` and `solvers`, or a deterministic one of MONAI's (its random ones cannot
+            draw case by case).
         num_inference_steps: network calls for one sample.
         channels: channels of the sample.
         condition: adapter that binds the condition to the network.
@@ -48,7 +50,7 @@ class DiffusionSampler(Inferer):
         verbose: bool = False,
     ) -> None:
         super().__init__()
-        self.scheduler = scheduler
+        self.scheduler: Any = scheduler
         self.num_inference_steps = num_inference_steps
         self.channels = channels
         self.condition = condition or Concat()
@@ -99,7 +101,7 @@ class DiffusionSampler(Inferer):
     ) -> torch.Tensor:
         """One network call and one scheduler step; the state stays float32 whatever the network computes in."""
         pred = denoise(x, t.to(x.device).expand(len(x))).to(x.dtype)
-        return self.scheduler.step(pred, t, x, generator=noise)[0]  # type: ignore[operator]
+        return self.scheduler.step(pred, t, x, generator=noise)[0]
 
     def condition_of(self, inputs: torch.Tensor) -> torch.Tensor:
         """The part of the inputs that conditions the network."""
@@ -128,7 +130,8 @@ class LayoutGuidedSampler(DiffusionSampler):
     Args:
         scheduler: as in `DiffusionSampler`.
         num_inference_steps: as in `DiffusionSampler`.
-        blend_from: blend after the steps whose time is at most this; negative never blends, None always.
+        blend_from: blend after the steps whose time is at most this, and after the last; negative never blends, None
+            always does.
         blend_mode: ``"corrected"`` brings the background to the noise level the step arrived at, and to the reference
             itself at the end; ``"reference"`` uses the level the step came from, as published (the background keeps
             noise of std 0.014).
@@ -171,15 +174,15 @@ class LayoutGuidedSampler(DiffusionSampler):
         # The reference implementation draws whether it blends or not: keep its random stream.
         z = noise(x)
         times = self.scheduler.timesteps
-        if times[index] > self.blend_from:
+        last = index + 1 == len(times)
+        # A solver's last call stands above time 0: whoever blends at all pins the background at the end.
+        if (0 if last else times[index]) > self.blend_from:
             return x
         reference = inputs[:, : self.channels]
-        if self.blend_mode == "reference":
-            known = self.scheduler.add_noise(reference, z, times[index])
-        elif index + 1 < len(times):
-            known = self.scheduler.add_noise(reference, z, times[index + 1])
-        else:
+        if self.blend_mode == "corrected" and last:
             known = reference
+        else:
+            known = self.scheduler.add_noise(reference, z, times[index + (self.blend_mode == "corrected")])
         return torch.where(self.background(inputs), known, x)
 
 
@@ -206,8 +209,8 @@ class InversionSampler(LayoutGuidedSampler):
         self, inputs: torch.Tensor, denoise: Denoiser, noise: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
         """Run the reference image up to pure noise, under the same condition."""
-        x = inputs[:, : self.channels].nan_to_num()
-        self.scheduler.set_timesteps(self.num_inference_steps, invert=True)  # type: ignore[call-arg]
+        x = inputs[:, : self.channels].nan_to_num(0, posinf=0, neginf=0)
+        self.scheduler.set_timesteps(self.num_inference_steps, invert=True)
         for t in tqdm(self.scheduler.timesteps, desc="inverting", unit="call", disable=self.quiet, leave=False):
             x = self.step(denoise, x, t, noise)
         return x

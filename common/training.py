@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import pickle
 import random
 import sys
 from collections.abc import Mapping
@@ -94,7 +95,8 @@ class WeightEMA:
     def __call__(self, engine: Engine) -> None:
         """Average, or copy while it is early."""
         source = unwrapped(self.network)
-        averaged, current = list(self.module.parameters()), list(source.parameters())
+        averaged: list[torch.Tensor] = list(self.module.parameters())
+        current: list[torch.Tensor] = list(source.parameters())
         weight = 1.0 if engine.state.iteration < self.start else 1.0 - self.decay
         torch._foreach_lerp_(averaged, current, weight)
         for mine, theirs in zip(self.module.buffers(), source.buffers(), strict=True):
@@ -112,11 +114,17 @@ class TrainingState:
         objects: name -> object with ``state_dict``/``load_state_dict``.
         model: the network whose weights become ``model.pt``, normally the EMA's module.
         interval: epochs between saves; the last epoch is always saved.
-        resume: pick up ``checkpoint.pt`` if there is one; else start anew (and replace it).
+        resume: pick up ``checkpoint.pt`` if there is one, the previous one if it is damaged; else start anew (and
+            replace it).
     """
 
     def __init__(
-        self, folder: str | os.PathLike, objects: Mapping[str, Any], model: nn.Module, interval: int = 1, resume: bool = True
+        self,
+        folder: str | os.PathLike,
+        objects: Mapping[str, Any],
+        model: nn.Module,
+        interval: int = 1,
+        resume: bool = True,
     ) -> None:
         self.path = Path(folder) / "checkpoint.pt"
         self.previous = Path(folder) / "checkpoint.previous.pt"
@@ -132,40 +140,58 @@ class TrainingState:
 
     def load(self, engine: Engine) -> None:
         """Restore the newest whole checkpoint, if there is one."""
-        source = self.path if self.path.is_file() else self.previous
-        if not self.resume or not source.is_file():
+        source, state = self.newest() if self.resume else (self.path, None)
+        if state is None:
             return
         try:
-            state = torch.load(source, map_location="cpu", weights_only=True)
             for name, target in self.objects.items():
                 target = unwrapped(target) if isinstance(target, nn.Module) else target
                 target.load_state_dict(state[name])
         except (RuntimeError, KeyError, ValueError) as error:
             raise ValueError(
-                f"cannot resume from {source}: it belongs to a run with other settings ({' '.join(str(error).split())[:200]}); "
-                "give the old settings, another --output_dir, or --resume False to start anew"
+                f"cannot resume from {source}: it belongs to a run with other settings "
+                f"({' '.join(str(error).split())[:200]}); give the old settings, another --output_dir, or "
+                "--resume False to start anew"
             ) from error
+        epochs, begun = engine.state.max_epochs or 0, state.get("epochs")
+        if begun not in (None, epochs):
+            logger.warning(
+                f"--epochs is {epochs}, the run began with {begun}: the learning rate goes on by the old schedule"
+            )
         engine.state.epoch = state["epoch"]
         engine.state.iteration = state["epoch"] * (engine.state.epoch_length or 0)
-        done = engine.state.epoch >= engine.state.max_epochs
-        logger.info(
-            f"resumed {source} at epoch {state['epoch']} of {engine.state.max_epochs}"
-            + (": nothing left to train; raise --epochs, or start anew with another --output_dir" if done else "")
-        )
+        done = ": nothing left to train; another --output_dir starts anew" if state["epoch"] >= epochs else ""
+        logger.info(f"resumed {source} at epoch {state['epoch']} of {epochs}{done}")
+
+    def newest(self) -> tuple[Path, dict[str, Any] | None]:
+        """The newest checkpoint that can be read, None if there is none at all."""
+        found = [path for path in (self.path, self.previous) if path.is_file()]
+        for path in found:
+            try:
+                return path, torch.load(path, map_location="cpu", weights_only=True)
+            except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+                logger.warning(f"{path} is damaged, passed over ({' '.join(str(error).split())[:100]})")
+        if found:
+            raise ValueError(
+                f"no checkpoint in {self.path.parent} can be read: restore one, or start anew with --resume False or "
+                "another --output_dir"
+            )
+        return self.path, None
 
     def save(self, engine: Engine) -> None:
         """Save on rank 0, when due."""
-        epoch = engine.state.epoch
-        if rank() > 0 or (epoch % self.interval and epoch != engine.state.max_epochs):
+        epoch, epochs = engine.state.epoch, engine.state.max_epochs
+        if rank() > 0 or (epoch % self.interval and epoch != epochs):
             return
-        state = {name: unwrapped(o).state_dict() if isinstance(o, nn.Module) else o.state_dict() for name, o in self.objects.items()}
-        with atomic_path(self.path) as temporary:
-            torch.save({**state, "epoch": epoch}, temporary)
-            if self.path.is_file():
-                os.replace(self.path, self.previous)
+        # The model first: a run that dies before its last checkpoint makes both again.
         weights = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
         with atomic_path(self.path.with_name("model.pt")) as temporary:
             torch.save(weights, temporary)
+        objects = {n: unwrapped(o) if isinstance(o, nn.Module) else o for n, o in self.objects.items()}
+        with atomic_path(self.path) as temporary:
+            torch.save({**{n: o.state_dict() for n, o in objects.items()}, "epoch": epoch, "epochs": epochs}, temporary)
+            if self.path.is_file():
+                os.replace(self.path, self.previous)
 
 
 class Progress:
@@ -185,18 +211,23 @@ class Progress:
     def start(self, engine: Engine) -> None:
         """Open the bar where the run stands."""
         if self.bar is None:
-            total = (engine.state.epoch_length or 0) * engine.state.max_epochs
-            quiet = 0.1 if sys.stderr.isatty() else 10.0
             self.bar = tqdm(
-                total=total, initial=engine.state.iteration, desc="training", unit="step", mininterval=quiet, disable=rank() > 0
+                total=(engine.state.epoch_length or 0) * (engine.state.max_epochs or 0),
+                initial=engine.state.iteration,
+                desc="training",
+                unit="step",
+                mininterval=0.1 if sys.stderr.isatty() else 10.0,
+                disable=rank() > 0,
             )
 
     def __call__(self, engine: Engine) -> None:
         """Advance, with a smoothed loss."""
-        output = engine.state.output[0] if isinstance(engine.state.output, list) else engine.state.output
+        output: Any = engine.state.output
+        output = output[0] if isinstance(output, list) else output
         loss = float(output["loss"])
         self.loss = loss if self.loss is None else 0.98 * self.loss + 0.02 * loss
-        self.bar.set_postfix(epoch=f"{engine.state.epoch}/{engine.state.max_epochs}", loss=f"{self.loss:.4f}", refresh=False)
+        epoch = f"{engine.state.epoch}/{engine.state.max_epochs}"
+        self.bar.set_postfix(epoch=epoch, loss=f"{self.loss:.4f}", refresh=False)
         self.bar.update()
 
     def stop(self, engine: Engine) -> None:
@@ -221,7 +252,14 @@ class Preview:
         interval: epochs between pictures.
     """
 
-    def __init__(self, sampler: Inferer, network: nn.Module, case: Mapping[str, Any], folder: str | os.PathLike, interval: int = 1) -> None:
+    def __init__(
+        self,
+        sampler: Inferer,
+        network: nn.Module,
+        case: Mapping[str, Any],
+        folder: str | os.PathLike,
+        interval: int = 1,
+    ) -> None:
         self.sampler = sampler
         self.network = network
         self.case = case

@@ -1,8 +1,8 @@
-"""One diffusion U-Net for all five bundles: MONAI's, plus the settings of the references that MONAI has no argument for.
+"""One diffusion U-Net for all five bundles: MONAI's, plus the references' settings that MONAI has no argument for.
 
 All five papers descend from the guided-diffusion U-Net (Dhariwal & Nichol 2021). MONAI's ``DiffusionModelUNet`` holds
-their weights key by key; only the forward differs in the embedding period and the up-sampling, and training from scratch
-in the zero initialisation of the attention projections.
+their weights key by key; only the forward differs in the embedding period and the up-sampling, and training from
+scratch in the zero initialisation of the attention projections.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from monai.networks.blocks import Upsample
+from monai.networks.blocks import SpatialAttentionBlock, Upsample
 from monai.networks.nets import DiffusionModelUNet
 from torch import nn
 
@@ -43,7 +43,8 @@ class DiffusionUNet(DiffusionModelUNet):
     Args:
         max_period: longest wavelength of the time embedding.
         upsample_mode: ``"nearest"`` (MONAI) or ``"linear"`` (bi-/trilinear, ``align_corners=False``).
-        zero_init_attention: start every attention block as the identity, as the references do.
+        zero_init_attention: start every self-attention block as the identity, as the references do (MONAI already
+            does so with the transformers of cross-attention).
         kwargs: arguments of ``DiffusionModelUNet``.
     """
 
@@ -67,9 +68,9 @@ class DiffusionUNet(DiffusionModelUNet):
             if isinstance(module, Upsample) and upsample_mode == "linear":
                 module.upsample_non_trainable.mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[spatial_dims]
                 module.upsample_non_trainable.align_corners = False
-            if zero_init_attention and hasattr(module, "out_proj") and isinstance(module.out_proj, nn.Linear):
-                nn.init.zeros_(module.out_proj.weight)
-                nn.init.zeros_(module.out_proj.bias)
+            if zero_init_attention and isinstance(module, SpatialAttentionBlock):
+                for parameter in module.attn.out_proj.parameters():
+                    nn.init.zeros_(parameter)
 
     def forward(
         self,

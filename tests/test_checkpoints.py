@@ -16,7 +16,15 @@ from monai.networks.nets import AutoencoderKL, DiffusionModelUNet
 from safetensors.torch import save_file
 from torch import nn
 
-from common.checkpoints import CheckpointError, CheckpointLoader, from_monai_generative, read_knobs, read_weights, translate
+from common.checkpoints import (
+    CheckpointError,
+    CheckpointLoader,
+    from_monai_generative,
+    read_knobs,
+    read_weights,
+    select,
+    translate,
+)
 from common.unet import DiffusionUNet
 from tools.import_weights import import_checkpoint, main
 
@@ -80,7 +88,7 @@ def as_authors(network: DiffusionUNet) -> dict[str, torch.Tensor]:
         state[f"denoise_fn.{name}.proj_out.weight"] = block.attn.out_proj.weight.data[..., None].clone()
         state[f"denoise_fn.{name}.proj_out.bias"] = block.attn.out_proj.bias.data.clone()
 
-    for buffer in ("betas", "alphas_cumprod", "sqrt_recip_alphas_cumprod", "log_one_minus_alphas_cumprod", "posterior_mean_coef3"):
+    for buffer in ("betas", "alphas_cumprod", "sqrt_recip_alphas_cumprod", "posterior_variance", "sqrt_alphas_cumprod"):
         state[buffer] = torch.zeros(250)
     put("time_embed", network.time_embed)
     put("input_blocks.0.0", network.conv_in.conv)
@@ -164,7 +172,7 @@ def test_payload_is_refused_and_not_run(tmp_path, zipped):
 def test_what_is_no_checkpoint_says_so(tmp_path, content, message, suffix):
     path = tmp_path / f"file{suffix}"
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=message if suffix == ".pt" or len(content) > 30 else "empty|cut off|damaged") as error:
+    with pytest.raises(CheckpointError, match=message) as error:
         read_weights(path)
     assert str(path) in str(error.value)
 
@@ -177,7 +185,7 @@ def test_truncated_missing_large_and_not_a_dict(tmp_path):
     for zipped in (True, False):
         torch.save({"w": torch.zeros(1000)}, path, _use_new_zipfile_serialization=zipped)
         path.write_bytes(path.read_bytes()[:-500])
-        with pytest.raises(CheckpointError, match="cut off|damaged"):
+        with pytest.raises(CheckpointError, match=r"cut off|damaged"):
             read_weights(path)
     with pytest.raises(FileNotFoundError, match="train first"):
         read_weights(tmp_path / "none.pt")
@@ -192,7 +200,8 @@ def test_safetensors_equal_pt_and_nesting_is_kept(tmp_path):
     save_file(state, tmp_path / "a.safetensors")
     for name in ("a.pt", "a.safetensors"):
         read = read_weights(tmp_path / name)
-        assert set(read) == set(state) and all(torch.equal(read[k], v) for k, v in state.items())
+        assert set(read) == set(state)
+        assert all(torch.equal(read[k], v) for k, v in state.items())
     torch.save({"step": 3, "ema": state}, tmp_path / "nested.pt")
     assert read_weights(tmp_path / "nested.pt")["step"] == 3
 
@@ -266,11 +275,11 @@ def test_heads_are_cut_per_head():
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda s: s.update({"denoise_fn.extra.weight": torch.zeros(1)}), "1 unexpected (extra.weight from denoise_fn.extra.weight)"),
+        (lambda s: s.update({"denoise_fn.x.w": torch.zeros(1)}), "1 unexpected (x.w from denoise_fn.x.w)"),
         (lambda s: s.pop("denoise_fn.out.2.bias"), "1 missing (out.2.conv.bias)"),
-        (lambda s: s.update({"denoise_fn.out.0.bias": torch.zeros(5)}), "out.0.bias from denoise_fn.out.0.bias (5,) for (4,)"),
+        (lambda s: s.update({"denoise_fn.out.0.bias": torch.zeros(5)}), "denoise_fn.out.0.bias (5,) for (4,)"),
         (lambda s: s.update({"out.0.bias": torch.zeros(4)}), "both become out.0.bias"),
-        (lambda s: s["denoise_fn.out.0.bias"].fill_(float("nan")), "1 tensors hold NaN or infinity (denoise_fn.out.0.bias)"),
+        (lambda s: s["denoise_fn.out.0.bias"].fill_(float("nan")), "NaN or infinity (denoise_fn.out.0.bias)"),
         (lambda s: s.update({"denoise_fn.out.0.bias": 3}), "out.0.bias from denoise_fn.out.0.bias int for (4,)"),
     ],
 )
@@ -283,12 +292,16 @@ def test_every_key_is_accounted_for(spoil, message):
     assert message in str(error.value)
 
 
-def test_averaged_twins_without_dots_replace_the_weights(tmp_path):
-    from common.checkpoints import select
-
-    content = {"state_dict": {"model.a.w": torch.zeros(1), "model_ema.aw": torch.ones(1), "model_ema.decay": torch.ones(())}}
-    state, name = select(content, {"select": ["state_dict"], "ema": ["model.", "model_ema."]})
-    assert name == "state_dict" and state["model.a.w"].item() == 1 and set(state) == {"model.a.w", "model_ema.decay"}
+def test_averaged_twins_without_dots_replace_the_weights():
+    inner = {"model.a.w": torch.zeros(1), "model_ema.aw": torch.ones(1), "model_ema.decay": torch.ones(())}
+    rules = {"select": ["state_dict"], "ema": ["model.", "model_ema."]}
+    state, name = select({"state_dict": inner}, rules)
+    assert name == "state_dict"
+    assert state["model.a.w"].item() == 1
+    assert set(state) == {"model.a.w", "model_ema.decay"}
+    del inner["model_ema.aw"]
+    with pytest.raises(CheckpointError, match="1 weights have no average"):
+        select({"state_dict": inner}, rules)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,10 +314,12 @@ def test_import_takes_the_average_and_records_all(authors):
     x, t = torch.randn(1, 3, 8, 8, 8), torch.tensor([5])
     assert torch.equal(network(x, t), tiny()(x, t))
     dropped = {reason: entry["count"] for reason, entry in card["keys"]["dropped"].items()}
-    assert list(dropped.values()) == [5] and "schedule" in next(iter(dropped))
+    assert list(dropped.values()) == [5]
+    assert "schedule" in next(iter(dropped))
     assert card["keys"]["used"] + 5 == card["keys"]["in_file"]
     assert (card["part"], card["step"], card["knobs"]["image_size"]) == ("ema", 7, [8, 8, 8])
-    assert "IUCPQ" in card["training_data"] and "MIT" in card["licence"]
+    assert "IUCPQ" in card["training_data"]
+    assert "MIT" in card["licence"]
     raw, _ = import_checkpoint(BUNDLE, authors, part="model", **KNOBS)
     assert not torch.equal(raw.out[2].conv.weight, network.out[2].conv.weight)
 
@@ -319,16 +334,18 @@ def test_command_line_in_its_own_process(tmp_path, authors):
     output = tmp_path / "models"
     output.mkdir()
     (output / "model.pt").write_bytes(b"shipped")
-    command = [sys.executable, str(REPO / "tools" / "import_weights.py"), "lung_ddpm", str(authors), "--output", str(output)]
-    command += ["--norm_num_groups", "2", "--image_size", "[8,8,8]", "--training_data", "random numbers"]
+    command = [sys.executable, str(REPO / "tools" / "import_weights.py"), "lung_ddpm", str(authors)]
+    command += ["--output", str(output), "--norm_num_groups", "2", "--image_size", "[8,8,8]"]
+    command += ["--training_data", "random numbers"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "'configs/legacy.json'" in done.stdout and f"'{output / 'imported.json'}'" in done.stdout
-    network = tiny(3)
+    assert f"'configs/legacy.json','{output / 'imported.json'}'" in done.stdout
+    network = randomised(tiny())
     run_loader(output / "model.pt", network)
     assert_equal(network, tiny())
     card = json.loads((output / "model.json").read_text())
-    assert card["training_data"] == "random numbers" and len(card["weights_sha256"]) == len(card["source"]["sha256"]) == 64
+    assert card["training_data"] == "random numbers"
+    assert len(card["weights_sha256"]) == len(card["source"]["sha256"]) == 64
     assert {**json.loads((output / "imported.json").read_text()), "_desc_": 0} == {**card["knobs"], "_desc_": 0}
     assert (output / "model.previous.pt").read_bytes() == b"shipped"
     assert main([*command[2:]]) == 0
@@ -340,8 +357,8 @@ def test_command_line_in_its_own_process(tmp_path, authors):
     ("arguments", "code", "message"),
     [
         (["--norm_num_groups", "3"], 1, "norm_num_groups"),
-        (["--norm_num_groups", "2", "--select", "swa"], 1, "no weights under 'swa'; the file holds 'step', 'model', 'ema'"),
-        (["--layout", "monai_generative"], 1, "no weights under"),
+        (["--norm_num_groups", "2", "--select", "swa"], 1, "the file holds 'step', 'model', 'ema'"),
+        (["--layout", "monai_generative"], 1, "no down_blocks.0.resnets.0.conv1.conv.weight among"),
         (["--norm_group", "2"], 2, "did you mean --norm_num_groups?"),
         (["--preset", "huge"], 2, "huge.json does not exist"),
     ],
@@ -349,7 +366,9 @@ def test_command_line_in_its_own_process(tmp_path, authors):
 def test_refusals_are_one_line_with_an_exit_code(tmp_path, authors, capsys, arguments, code, message):
     assert main(["lung_ddpm", str(authors), "--output", str(tmp_path / "out"), *arguments]) == code
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1 and len(error) < 1000
+    assert message in error
+    assert error.count("\n") == 1
+    assert len(error) < 1000
     assert not (tmp_path / "out").exists()
 
 
@@ -369,7 +388,7 @@ def test_usage_errors(capsys):
 
 @pytest.fixture(scope="module")
 def generative() -> SimpleNamespace:
-    pytest.importorskip("generative", reason="monai-generative 0.2.3 is not installed: the other side of the comparison")
+    pytest.importorskip("generative", reason="monai-generative 0.2.3 is not installed")
     from generative.networks.nets import AutoencoderKL, DiffusionModelUNet
 
     return SimpleNamespace(DiffusionModelUNet=DiffusionModelUNet, AutoencoderKL=AutoencoderKL)

@@ -79,7 +79,7 @@ def import_checkpoint(
         "source": {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path), "layout": layout},
         "part": name or "top level",
         "not_imported": {} if name == "" else {k: _describe(v) for k, v in content.items() if k != name},
-        "step": next((int(content[k]) for k in ("step", "global_step", "epoch") if isinstance(content.get(k), int)), None),
+        "step": next((content[k] for k in ("step", "global_step", "epoch") if isinstance(content.get(k), int)), None),
         "licence": rules.get("licence", "not stated"),
         "training_data": rules.get("training_data", "not stated"),
         "knobs": knobs,
@@ -120,7 +120,7 @@ def _parser(root: Path, preset: str | None) -> ConfigParser:
 def _check_knobs(parser: ConfigParser, knobs: Mapping[str, Any]) -> None:
     for knob in knobs:
         if knob not in parser:
-            near = difflib.get_close_matches(knob, [str(k) for k in parser.config], n=1)
+            near = difflib.get_close_matches(knob, list(parser.get("") or {}), n=1)
             raise UsageError(f"unknown option or knob --{knob}" + (f": did you mean --{near[0]}?" if near else ""))
 
 
@@ -174,9 +174,9 @@ def _arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
     )
     parser.add_argument("bundle", help="name under bundles/, or a bundle's folder")
     parser.add_argument("checkpoint", help=".pt, .pth, .ckpt or .safetensors; code inside is never run")
-    parser.add_argument("--output", help="folder for model.pt, model.json and imported.json (default: the bundle's models/)")
+    parser.add_argument("--output", help="folder for what is written (default: the bundle's models/)")
     parser.add_argument("--preset", help="overlay in configs/ to start from, e.g. paper")
-    parser.add_argument("--layout", choices=LAYOUTS, default="authors", help="whose names the file uses (default: authors)")
+    parser.add_argument("--layout", choices=LAYOUTS, default="authors", help="whose names the file uses")
     parser.add_argument("--select", help="entry of the file to take, e.g. model (default: as the bundle's rules say)")
     parser.add_argument("--licence", help="licence of the weights, for the card")
     parser.add_argument("--training_data", help="what the weights were trained on, for the card")
@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, UsageError) else 1
     keys = card["keys"]
     dropped = sum(entry["count"] for entry in keys["dropped"].values())
-    print(f"{card['source']['file']}, part {card['part']}: {keys['used']} keys used, {dropped} dropped, {keys['filled']} filled")
+    print(f"{args.checkpoint} ({card['part']}): {keys['used']} keys used, {dropped} dropped, {keys['filled']} filled")
     print(f"{output / 'model.pt'}: {card['parameters']} parameters; trained on: {card['training_data']}")
     overlays = [f"configs/{args.preset}.json"] if args.preset else []
     print("Now run:  " + _command(root, output, overlays + _rules(root, args.layout).get("overlays", [])))

@@ -1,0 +1,508 @@
+"""Verify bundles: files, metadata, the laws of the configs, networks, weights, and on request a smoke run.
+
+    python tools/verify.py                       # all bundles of this repository
+    python tools/verify.py lung_ddpm --smoke     # one, trained and run for seconds as well
+    python tools/verify.py /somewhere/lung_ddpm  # an unzipped release
+
+Every ``check_<what>(bundle)`` returns a list of problems, empty if all is well. Bundles are data here: a path, JSON, and
+MONAI's own parser. Exit codes: 0 all checks passed, 1 a check failed, 2 the command line is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import torch
+from monai.bundle import ConfigParser, ConfigWorkflow, verify_net_in_out
+from monai.transforms import LoadImage
+
+REPO = Path(__file__).resolve().parents[1]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is expected, as data
+
+# Parameters of the published networks, by the configs that build them.
+PAPER_PARAMETERS: dict[str, dict[tuple[str, ...], int]] = {
+    "lung_ddpm": {
+        ("train", "paper"): 40_226_433,
+        ("inference", "paper"): 40_226_433,
+        ("train", "train_plus", "paper_plus"): 39_051_393,
+        ("inference", "inference_plus", "paper_plus"): 39_051_393,
+    },
+}
+
+# Ids that train.json and inference.json share by name only, and why.
+MAY_DIFFER = {
+    "_desc_": "each file describes itself",
+    "output_dir": "training and synthesis write to different folders",
+    "phantom_cases": "training needs more of them",
+    "phantom_seed": "synthesis starts from bodies that training has not seen",
+    "cases": "synthesis does without images, repeats cases, and goes on after a bad one",
+    "preprocessing": "the common parts are `load` and `to_network`; synthesis also places nodules and keeps the original",
+    "run": "each file's own verb",
+}
+
+FILES = """LICENSE configs/metadata.json configs/inference.json configs/train.json configs/logging.conf docs/README.md
+docs/data_license.txt models/model.pt""".split()
+DATA = {"metadata", "import_rules"}  # JSON in configs/ that is no MONAI config
+MAX_MODELS = 10_000_000  # bytes of all that lies in models/, as it is in git
+
+HEAD = {
+    "imports": ["$import glob", "$import os", "$import sys", "$import traceback"],
+    "bundle_root": "$next((str(w.config_root_path.resolve().parent) for w in (f.f_locals.get('self') for f, _ in "
+    "traceback.walk_stack(None)) if isinstance(w, monai.bundle.ConfigWorkflow)), "
+    "os.path.abspath('bundles/NAME' if os.path.isdir('bundles/NAME') else '.'))",
+    "use_bundle": "$sys.path[0] == @bundle_root or (sys.path.insert(0, @bundle_root), "
+    "[sys.modules.pop(m) for m in list(sys.modules) if m.split('.')[0] == 'scripts'])",
+    "device": "$torch.device('cuda:' + os.environ.get('LOCAL_RANK', '0') if torch.cuda.is_available() else 'cpu')",
+}
+
+# MONAI's meta_schema_20240725.json in other words, with the changelog that the zoo's CI wants; checked without network.
+_TENSOR = {
+    "type": "object",
+    "required": ["type", "format", "num_channels", "spatial_shape", "dtype", "value_range"],
+    "properties": {
+        **{key: {"type": "string"} for key in ("type", "format", "modality", "dtype")},
+        "num_channels": {"type": "integer"},
+        "spatial_shape": {"type": "array", "items": {"type": ["integer", "string"]}},
+        "value_range": {"type": "array", "items": {"type": "number"}},
+        "is_patch_data": {"type": "boolean"},
+        "channel_def": {"type": "object"},
+    },
+}
+_ENTRIES = {"type": "object", "additionalProperties": {"anyOf": [{"type": ["number", "string", "boolean"]}, _TENSOR]}}
+_STRINGS = "schema version monai_version pytorch_version numpy_version task description authors copyright".split()
+SCHEMA = {
+    "type": "object",
+    "required": [*_STRINGS, "required_packages_version", "network_data_format", "changelog"],
+    "properties": {
+        **{key: {"type": "string"} for key in [*_STRINGS, "name", "intended_use", "data_source", "data_type"]},
+        **{key: {"type": "string"} for key in ("image_classes", "label_classes", "pred_classes")},
+        **{key: {"type": "object"} for key in ("required_packages_version", "changelog", "supported_apps", "eval_metrics")},
+        "references": {"type": "array", "items": {"type": "string"}},
+    },
+    "patternProperties": {
+        "_data_format$": {
+            "type": "object",
+            "required": ["inputs", "outputs"],
+            "properties": {"inputs": _ENTRIES, "outputs": _ENTRIES, "post_processed_outputs": _ENTRIES},
+        }
+    },
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a JSON object; duplicate keys, of which MONAI silently takes the last, are an error."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"{path.name}: key {max(keys, key=keys.count)!r} stands twice")
+        return dict(pairs)
+
+    return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+
+
+def configs(bundle: Path) -> tuple[dict[str, dict], dict[str, dict]]:
+    """Read all configs -> (bases, complete alone; overlays). A base is `train`, `inference`, or brings a `bundle_root`."""
+    found = {p.stem: read(p) for p in sorted((bundle / "configs").glob("*.json")) if p.stem not in DATA}
+    bases = {name: c for name, c in found.items() if name in ("train", "inference") or "bundle_root" in c}
+    return bases, {name: c for name, c in found.items() if name not in bases}
+
+
+def walk(item: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (id, value) of an item and of all that it holds."""
+    yield path, item
+    pairs = item.items() if isinstance(item, dict) else enumerate(item) if isinstance(item, list) else ()
+    for key, value in pairs:
+        yield from walk(value, f"{path}::{key}" if path else str(key))
+
+
+def everything(bundle: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (file and id, value) over all configs."""
+    for group in configs(bundle):
+        for name, content in group.items():
+            yield from ((f"{name}.json {path}", value) for path, value in walk(content))
+
+
+def parser(bundle: Path, *names: str) -> ConfigParser:
+    """Parse configs of a bundle, wherever we are, on the CPU."""
+    result = ConfigParser()
+    result.read_config([str(bundle / "configs" / f"{name}.json") for name in names])
+    result["bundle_root"], result["device"] = str(bundle), "cpu"
+    return result
+
+
+def build(parsed: ConfigParser, device: str = "meta") -> torch.nn.Module:
+    """Build `network_def`; on ``"meta"`` it has shapes and no memory."""
+    with torch.device(device):
+        return parsed.get_parsed_content("network_def").eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files and metadata
+
+
+def check_files(bundle: Path) -> list[str]:
+    """The files of the model zoo are there, and the name does not look like one with a version."""
+    problems = [f"no {name}" for name in FILES if not (bundle / name).is_file()]
+    return problems + ([f"name {bundle.name} contains _v, where MONAI cuts the version off"] if "_v" in bundle.name else [])
+
+
+def check_json(bundle: Path) -> list[str]:
+    """Every JSON file parses, has no key twice and is indented by 4."""
+    problems = []
+    for path in sorted((bundle / "configs").glob("*.json")):
+        try:
+            read(path)
+        except ValueError as error:
+            problems.append(f"{path.name}: {error}" if path.name not in str(error) else str(error))
+        depth = 0
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            code = re.sub(r'"(\\.|[^"\\])*"', "", line).strip()
+            closing = len(code) - len(code.lstrip("]}"))
+            if line.strip() and len(line) - len(line.lstrip()) != 4 * (depth - closing):
+                problems.append(f"{path.name}:{number} is not indented by {4 * (depth - closing)}")
+                break
+            depth += sum(code.count(c) for c in "[{") - sum(code.count(c) for c in "]}")
+    return problems
+
+
+def check_metadata(bundle: Path) -> list[str]:
+    """metadata.json obeys MONAI's schema, and the changelog knows the version."""
+    meta = read(bundle / "configs" / "metadata.json")
+    errors = jsonschema.Draft202012Validator(SCHEMA).iter_errors(meta)
+    problems = ["::".join(["metadata.json", *map(str, e.absolute_path)]) + f": {e.message[:200]}" for e in errors]
+    version = meta.get("version")
+    return problems + ([] if version in meta.get("changelog", {}) else [f"version {version} is not in the changelog"])
+
+
+def check_versions(bundle: Path) -> list[str]:
+    """In a checkout, the packages of metadata.json are those of requirements.txt."""
+    requirements = bundle.parent.parent / "requirements.txt"
+    if bundle.parent.name != "bundles" or not requirements.is_file():
+        return []
+    pins = dict(re.findall(r"^([\w.-]+)==([\w.]+)", requirements.read_text(), flags=re.MULTILINE))
+    meta = read(bundle / "configs" / "metadata.json")
+    named = {name: meta[f"{key}_version"] for name, key in (("monai", "monai"), ("torch", "pytorch"), ("numpy", "numpy"))}
+    named |= meta["required_packages_version"]
+    return [f"{k} is {v} in metadata.json, {pins.get(k)} in requirements.txt" for k, v in named.items() if pins.get(k) != v]
+
+
+def check_data_format(bundle: Path) -> list[str]:
+    """`network_data_format` says what the knobs of inference.json say."""
+    form, parsed = read(bundle / "configs" / "metadata.json")["network_data_format"], parser(bundle, "inference")
+    problems = []
+    for entry, argument in ((form["inputs"]["image"], "in_channels"), (form["outputs"]["pred"], "out_channels")):
+        expected = {"num_channels": parsed.get_parsed_content(f"network_def::{argument}"), "spatial_shape": parsed["image_size"]}
+        problems += [f"{k} is {entry[k]} in metadata.json, {v} by inference.json" for k, v in expected.items() if entry[k] != v]
+        if len(entry.get("channel_def", {})) not in (0, entry["num_channels"]):
+            problems.append(f"channel_def names {len(entry['channel_def'])} channels of {entry['num_channels']}")
+    return problems
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The laws of the configs
+
+
+def check_head(bundle: Path) -> list[str]:
+    """Every complete config begins with the same head, word for word but for the bundle's name."""
+    problems = []
+    for name, content in configs(bundle)[0].items():
+        found = [(k, v) for k, v in content.items() if k != "_desc_"][: len(HEAD)]
+        text = json.dumps(HEAD)
+        named = re.search(r"'bundles/(\w+)'", str(content.get("bundle_root")))
+        if named:
+            text = text.replace("NAME", named[1])
+        wrong = [k for (k, v), (key, value) in zip(json.loads(text).items(), found) if (k, v) != (key, value)]
+        problems += [f"{name}.json: {k} differs from the common head" for k in wrong]
+        if named and (bundle.parent.name == "bundles" and named[1] != bundle.name):
+            problems.append(f"{name}.json: bundle_root names {named[1]}, the folder is {bundle.name}")
+    return problems
+
+
+def check_requires(bundle: Path) -> list[str]:
+    """What comes from `scripts` waits for `use_bundle`, and no import item touches it."""
+    problems = []
+    for where, item in everything(bundle):
+        if isinstance(item, dict) and str(item.get("_target_", "")).startswith("scripts."):
+            requires = item.get("_requires_", [])
+            if "@use_bundle" not in (requires if isinstance(requires, list) else [requires]):
+                problems.append(f'{where}: {item["_target_"]} lacks "_requires_": "@use_bundle"')
+        if isinstance(item, str) and re.match(r"\$(import|from)\s+scripts\b", item):
+            problems.append(f"{where}: imports scripts, which is not on the path yet; name it by _target_")
+    return problems
+
+
+def check_strings(bundle: Path) -> list[str]:
+    """No file macro, no metadata reference, no '#', which MONAI rewrites: each config stands alone in any folder."""
+    signs = {"is a macro": r"^%", "reads @_meta_": r"@_meta_", "holds a #, which MONAI turns into ::": r"#"}
+    texts = [*everything(bundle), *walk(read(bundle / "configs" / "metadata.json"), "metadata.json")]
+    texts += [(where, key) for where, item in texts if isinstance(item, dict) for key in item]
+    return [f"{w}: {t[:60]!r} {s}" for w, t in texts if isinstance(t, str) for s, p in signs.items() if re.search(p, t)]
+
+
+def _differences(a: Any, b: Any, path: str) -> list[str]:
+    """Ids below `path` at which two values differ."""
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return [] if a == b else [path]
+    return [d for k in {**a, **b} for d in ([f"{path}::{k}"] if (k in a) != (k in b) else _differences(a[k], b[k], f"{path}::{k}"))]
+
+
+def check_shared_ids(bundle: Path) -> list[str]:
+    """An id that train.json and inference.json both have has the same value in both."""
+    train, inference = (read(bundle / "configs" / f"{name}.json") for name in ("train", "inference"))
+    found = [d for k in train if k in inference and k not in MAY_DIFFER for d in _differences(train[k], inference[k], k)]
+    return [f"{path} differs between train.json and inference.json" for path in found]
+
+
+def check_flat_knobs(bundle: Path) -> list[str]:
+    """Numbers that one turns are top-level ids: components refer to them, overlays set them there."""
+    bases, overlays = configs(bundle)
+    knobs = {key for content in bases.values() for key, value in content.items() if not isinstance(value, dict)}
+    knobs |= {"max_epochs", "spatial_size"}
+    # A loader that is not the training's may have a size of its own.
+    knobs -= {"batch_size", "num_workers", "cache_rate"}
+    problems = []
+    for where, item in everything(bundle):
+        if isinstance(item, dict) and "_target_" in item:
+            fixed = [k for k in item if k in knobs and isinstance(item[k], (int, float, list)) and "@" not in str(item[k])]
+            problems += [f"{where}::{k} is fixed to {item[k]}: make it a top-level knob" for k in fixed]
+    for name, content in overlays.items():
+        nested = [k for k, v in content.items() if "::" in k and type(v) in (int, float)]
+        problems += [f"{name}.json {k}: make it a top-level knob" for k in nested]
+    return problems
+
+
+def check_overlays(bundle: Path) -> list[str]:
+    """An overlay changes a base and brings no network of its own.
+
+    A key is in a base, or the parent of a nested key is; or it is `finalize`; or an overlay introduces it, which is to
+    say sets it and refers to it (``"patch_size"`` and ``"@patch_size"``). All else would be a misspelt knob.
+    """
+    bases, overlays = configs(bundle)
+    known = {path for content in bases.values() for path, _ in walk(content)} | {"finalize"}
+    for content in overlays.values():
+        text = json.dumps(content)
+        known |= {key for key in content if "::" not in key and re.search(rf"@{re.escape(key)}\b", text)}
+    networks = {c[k]["_target_"] for c in bases.values() for k in c if k.endswith("_def") and isinstance(c[k], dict)}
+    problems = []
+    for name, content in overlays.items():
+        for key in content:
+            path = key.removeprefix("+")
+            if path != "_desc_" and path not in known and ("::" not in path or path.rpartition("::")[0] not in known):
+                problems.append(f"{name}.json: no base has {path}, and no overlay that sets it refers to it")
+        copies = [p for p, item in walk(content) if isinstance(item, dict) and item.get("_target_") in networks]
+        problems += [f"{name}.json: {p} is a second copy of a network" for p in copies]
+    return problems
+
+
+def check_initialize(bundle: Path) -> list[str]:
+    """`initialize` puts the bundle first, fixes the seed, and refuses unknown knobs."""
+    bases, overlays = configs(bundle)
+    problems = []
+    for name, content in {**bases, **overlays}.items():
+        if name not in bases and "initialize" not in content:
+            continue
+        items = content.get("initialize") or [None]
+        seeding = items[1:2] if name in bases else items
+        if items[0] != "$@use_bundle":
+            problems.append(f"{name}.json: initialize does not start with $@use_bundle")
+        if "$monai.utils.set_determinism(@seed)" not in seeding:
+            problems.append(f"{name}.json: initialize lacks set_determinism(@seed) after it")
+        if not any(isinstance(i, dict) and i.get("_target_") == "scripts.common.io.check_knobs" for i in items):
+            problems.append(f"{name}.json: initialize lacks scripts.common.io.check_knobs: misspelt knobs would pass")
+    return problems
+
+
+def check_properties(bundle: Path) -> list[str]:
+    """MONAI finds every property of a training and of an inference workflow."""
+    problems = []
+    for name, kind in (("train", "train"), ("inference", "infer")):
+        files = {"config_file": str(bundle / "configs" / f"{name}.json"), "meta_file": str(bundle / "configs" / "metadata.json")}
+        workflow = ConfigWorkflow(**files, logging_file=False, workflow_type=kind, bundle_root=str(bundle))
+        try:
+            wrong = workflow.check_properties() or []
+        except KeyError as error:  # MONAI's answer to a required one that is missing
+            wrong = [str(error.args[0])]
+        problems += [f"{name}.json: {w}" for w in wrong]
+    return problems
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks and weights
+
+
+def check_network(bundle: Path) -> list[str]:
+    """The network takes one tensor of the shape that metadata.json says and gives one back; MONAI's own check agrees."""
+    meta = bundle / "configs" / "metadata.json"
+    form, parsed = read(meta)["network_data_format"], parser(bundle, "inference")
+    shapes = [(1, e["num_channels"], *e["spatial_shape"]) for e in (form["inputs"]["image"], form["outputs"]["pred"])]
+    output = build(parsed)(torch.empty(shapes[0], device="meta"))
+    if tuple(output.shape) != shapes[1]:
+        return [f"the network turns {shapes[0]} into {tuple(output.shape)}, metadata.json says {shapes[1]}"]
+    config = str(bundle / "configs" / "inference.json")
+    verify_net_in_out("network_def", str(meta), config, device="cpu", bundle_root=str(bundle))
+    return []
+
+
+def check_paper(bundle: Path) -> list[str]:
+    """The published networks build and run, without memory, and have the published number of parameters."""
+    table = PAPER_PARAMETERS.get(bundle.name, {})
+    named = {name for names in table for name in names}
+    overlays = [p.stem for p in sorted((bundle / "configs").glob("paper*.json"))]
+    problems = [f"{name}.json is not in PAPER_PARAMETERS of tools/verify.py" for name in overlays if name not in named]
+    for names, expected in table.items():
+        parsed = parser(bundle, *names)
+        network = build(parsed)
+        size = parsed["patch_size" if "patch_size" in parsed else "image_size"]
+        channels = [parsed.get_parsed_content(f"network_def::{k}_channels") for k in ("in", "out")]
+        shape = tuple(network(torch.empty(1, channels[0], *size, device="meta")).shape)
+        count = sum(p.numel() for p in network.parameters())
+        if count != expected or shape != (1, channels[1], *size):
+            problems.append(f"{'+'.join(names)}: {count:,} parameters, expected {expected:,}; output {shape}")
+    return problems
+
+
+def check_export(bundle: Path) -> list[str]:
+    """The network can be traced, as ``ckpt_export --use_trace True`` does, and the trace computes the same.
+
+    Scripting, which ``ckpt_export`` does by default, is impossible for all of MONAI's diffusion networks
+    ("cannot statically infer the expected size of a list").
+    """
+    parsed = parser(bundle, "inference")
+    network, channels = build(parsed, "cpu"), parsed.get_parsed_content("network_def::in_channels")
+    image = torch.rand(1, channels, *[max(8, s // 4) for s in parsed["image_size"]])
+    with torch.no_grad():
+        traced = torch.jit.trace(network, image, check_trace=False)
+        return [] if torch.allclose(traced(image), network(image), atol=1e-5) else ["the traced network computes something else"]
+
+
+def check_weights(bundle: Path) -> list[str]:
+    """Shipped weights are small, plain, finite, fill their network, and agree with their card ``models/<name>.json``."""
+    problems = []
+    found = [p for p in sorted((bundle / "models").glob("*.pt")) if not p.stem.endswith(".previous")]
+    size = sum(p.stat().st_size for p in (bundle / "models").rglob("*") if p.is_file() and ".previous." not in p.name)
+    if size > MAX_MODELS:
+        problems.append(f"models/ holds {size / 1e6:.1f} MB, more than {MAX_MODELS / 1e6:.0f} MB")
+    overlays = configs(bundle)[1]
+    for path in found:
+        users = [n for n, c in overlays.items() if n.startswith("inference") and f"/models/{path.name}" in str(c.get("weights"))]
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            build(parser(bundle, "inference", *users[:1])).load_state_dict(state, strict=True, assign=True)
+        except RuntimeError as error:
+            problems.append(f"{path.name}: {' '.join(str(error).split())[:200]}")
+        if not all(value.isfinite().all() for value in state.values()):
+            problems.append(f"{path.name} holds NaN or infinity")
+        card = path.with_suffix(".json")
+        stated = json.loads(card.read_text()).get("weights_sha256") if card.is_file() else "nothing: there is no such card"
+        if stated != hashlib.sha256(path.read_bytes()).hexdigest():
+            problems.append(f"{card.name} does not give the SHA-256 of {path.name} as weights_sha256 but {stated}")
+    return problems or ([] if found else ["no weights in models/"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Smoke run
+
+
+def run(bundle: Path, cwd: Path, names: Sequence[str], **knobs: str) -> str:
+    """Run the documented command in its own process -> the end of its output if it failed, else nothing."""
+    files = [os.path.join(os.path.relpath(bundle / "configs", cwd), f"{name}.json") for name in names]
+    flags = [part for key, value in knobs.items() for part in (f"--{key}", value)]
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(files), *flags]
+    done = subprocess.run(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return f"{'+'.join(names)} in {cwd}: {' '.join(done.stdout.split())[-400:]}" if done.returncode else ""
+
+
+def check_synthesis(output: Path) -> list[str]:
+    """Every image that a side-car in `output` names reads back: finite, on its layout's grid."""
+    problems, load = [], LoadImage(image_only=True)
+    sidecars = [c["made_by"] for p in sorted(output.glob("*.json")) if "made_by" in (c := json.loads(p.read_text()))]
+    for made_by in sidecars:
+        grid = load(made_by["case"]["layout"])
+        for name in made_by["outputs"]:
+            image = load(output / name)
+            if image.shape != grid.shape or not torch.allclose(image.affine, grid.affine, atol=1e-4):
+                problems.append(f"{name} is {tuple(image.shape)} and not on the grid of its layout {tuple(grid.shape)}")
+            if not image.isfinite().all() or math.isclose(float(image.min()), float(image.max())):
+                problems.append(f"{name} is not finite or is constant")
+    return problems or ([] if sidecars else [f"no side-car in {output}"])
+
+
+def check_smoke(bundle: Path) -> list[str]:
+    """Train, synthesise and evaluate in seconds, from the folder above ``bundles/`` and from the bundle's own."""
+    problems = []
+    for cwd in (bundle.parents[1] if bundle.parent.name == "bundles" else bundle.parent, bundle):
+        with tempfile.TemporaryDirectory() as folder:
+            places = {"output_dir": folder, "weights": f"{folder}/model.pt"}
+            failed = run(bundle, cwd, ["train", "smoke"], output_dir=folder)
+            failed = failed or run(bundle, cwd, ["inference", "smoke"], **places)
+            problems += [failed] if failed else check_synthesis(Path(folder))
+            failed = failed or run(bundle, cwd, ["inference", "evaluate", "smoke"], **places)
+            missing = [name for name in ("evaluation.json", "evaluation.md") if not Path(folder, name).is_file()]
+            problems += [failed] if failed else [f"evaluate in {cwd} wrote no {name}" for name in missing]
+    return list(dict.fromkeys(problems))
+
+
+LAWS: list[Callable[[Path], list[str]]] = [
+    check_json, check_head, check_requires, check_strings, check_shared_ids, check_flat_knobs, check_overlays, check_initialize
+]  # fmt: skip
+CHECKS = [
+    *[check_files, *LAWS, check_metadata, check_versions, check_data_format, check_properties],
+    *[check_network, check_paper, check_export, check_weights],
+]
+
+
+def attempt(check: Callable[[Path], list[str]], bundle: Path) -> list[str]:
+    """Run a check; one that cannot even run has found a problem."""
+    try:
+        return check(bundle)
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        return [f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line -> exit code."""
+    known = sorted(p.parent for p in (REPO / "bundles").glob("*/configs"))
+    cli = argparse.ArgumentParser(prog="verify.py", description="Verify bundles.", epilog="Exit codes: 0 ok, 1 failed, 2 usage.")
+    cli.add_argument("bundles", nargs="*", metavar="NAME_OR_PATH", help="names under bundles/, or folders (default: all)")
+    cli.add_argument("--smoke", action="store_true", help="also train, synthesise and evaluate for seconds")
+    args = cli.parse_args(argv)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    bundles = []
+    for name in args.bundles or [p.name for p in known]:
+        root = next((p for p in (REPO / "bundles" / name, Path(name)) if (p / "configs").is_dir()), None)
+        if root is None:
+            cli.error(f"no bundle {name!r}: choose one of {', '.join(p.name for p in known)}, or give a bundle's folder")
+        bundles.append(root.resolve())
+    failed = 0
+    for bundle in bundles:
+        for check in [*CHECKS, *([check_smoke] if args.smoke else [])]:
+            problems = attempt(check, bundle)
+            failed += bool(problems)
+            verdict = "FAIL" if problems else "ok  "
+            print(f"{verdict} {bundle.name} {check.__name__[6:]}" + ": " * bool(problems) + "; ".join(problems), flush=True)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
