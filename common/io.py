@@ -1,7 +1,8 @@
 """Files in and out: case lists, a stream of cases that survives bad ones, atomic writing, and provenance side-cars.
 
-A case is a dict of file paths with a ``name`` and a ``seed``. Whatever is synthesised from it lies beside a JSON side-car
-that is written last: it marks the case as finished, and given back as ``--args_file`` it makes the same files again.
+A case is a dict of file paths with a ``name`` and a ``seed``. Whatever is synthesised from it lies beside a JSON
+side-car that is written last: it marks the case as finished, and given back as ``--args_file`` it makes the same files
+again.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import monai
@@ -22,7 +25,6 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
-from monai.bundle.properties import InferProperties, MetaProperties, TrainProperties
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 from monai.data.image_writer import resolve_writer
 from torch.utils.data import IterableDataset
@@ -57,8 +59,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(error.errno, f"cannot write {path}: {reason}; free space or choose another --output_dir") from error
+        message = f"cannot write {path}: {error.strerror or error}; free space or choose another --output_dir"
+        raise OSError(error.errno, message) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -81,8 +83,8 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 def stem(path: str | os.PathLike) -> str:
-    """Case id of a file: its name up to the first dot."""
-    return Path(path).name.split(".")[0]
+    """Case id of a file: its name without the file type, so that ``1.2.840.nii.gz`` is case ``1.2.840``."""
+    return Path(path).name.removesuffix(".gz").rpartition(".")[0] or Path(path).name
 
 
 def case_seed(seed: int, name: str) -> int:
@@ -102,8 +104,8 @@ def list_cases(
     """List the cases of a folder or of a datalist JSON.
 
     Args:
-        dataset_dir: a folder that holds one folder per key, files paired by name up to the first dot; or a JSON file,
-            a list of ``{key: path}`` (or a dict with such a list under "training", "validation" or "test"), paths
+        dataset_dir: a folder that holds one folder per key, files paired by name without file type; or a JSON file, a
+            list of ``{key: path}`` (or a dict with such a list under "training", "validation" or "test"), paths
             relative to the file.
         folders: key -> folder name, e.g. ``{"image": "CT", "layout": "SEG"}``.
         optional: keys that a case, or the whole data set, may lack.
@@ -115,20 +117,23 @@ def list_cases(
         cases ``{key: path, "name": str, "seed": int}``, sorted by name.
     """
     folders = dict(folders or {"image": "CT", "layout": "SEG"})
-    root = Path(dataset_dir)
+    root = Path(dataset_dir).absolute()  # side-cars shall be valid anywhere
     if root.suffix == ".json":
         found, errors = _read_datalist(root, folders)
     elif root.is_dir():
         found, errors = _read_folders(root, folders, optional)
     else:
-        raise FileNotFoundError(f"dataset_dir {root} does not exist: give a folder with {_wanted(folders)}, or a .json list")
+        raise FileNotFoundError(
+            f"dataset_dir {root} does not exist: give a folder with {_wanted(folders)} or a .json list"
+        )
     for name, case in found.items():
         missing = [k for k in folders if k not in case and k not in optional]
-        missing += [f"{k} ({case[k]} is not a file)" for k in folders if k in case and not Path(case[k]).is_file()]
-        if missing and name not in errors:
-            errors[name] = f"case {name} in {root} lacks {', '.join(missing)}: add the file or remove the case"
+        missing += [f"{k} ({case[k]} is not a file)" for k in folders if k in case and not os.path.isfile(case[k])]
+        if missing:
+            lack = f"case {name} in {root} lacks {', '.join(missing)}: add the file or remove the case"
+            errors.setdefault(name, lack)
     if not found:
-        raise FileNotFoundError(f"dataset_dir {root} holds no case: expected {_wanted(folders)} with files of equal names")
+        raise FileNotFoundError(f"dataset_dir {root} holds no case: expected {_wanted(folders)}, files of equal names")
     if strict and errors:
         raise CaseError("\n".join(errors.values()))
     cases = []
@@ -188,10 +193,12 @@ def _read_datalist(path: Path, folders: Mapping[str, str]) -> tuple[dict, dict]:
     found: dict[str, Case] = {}
     errors: dict[str, str] = {}
     for item in content:
-        case = {k: str(path.parent / v) if isinstance(v, str) and k in folders else v for k, v in item.items()}
+        case = {k: str(path.parent / str(v)) if k in folders else v for k, v in item.items() if v is not None}
         name = str(case.get("name") or next((stem(case[k]) for k in folders if k in case), f"case_{len(found)}"))
+        if name != Path(name).name:
+            errors[name] = f"datalist {path} names a case {name!r}: a name becomes a file name, use no slashes"
         if name in found:
-            errors[name] = f"datalist {path} names case {name} twice: give each entry a different \"name\""
+            errors[name] = f'datalist {path} names case {name} twice: give each entry a different "name"'
         found[name] = case
     return found, errors
 
@@ -217,24 +224,26 @@ class CaseStream(IterableDataset):
         self.transform = transform
         self.saver = saver
         self.failures: dict[str, str] = {}
+        if saver is not None:
+            saver.refuse_inputs(self.data)
 
     def __iter__(self) -> Iterator[Any]:
         """Yield preprocessed cases."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         for case in self.data[rank::world]:
-            name = case.get("name", "?")
-            if self.saver is not None and self.saver.finished(case):
-                logger.info(f"{name}: already finished, skipped")
-                continue
+            name = case["name"]
             try:
                 if "error" in case:
                     raise CaseError(case["error"])
+                if self.saver is not None and self.saver.finished(case):
+                    logger.info(f"{name}: already finished, skipped")
+                    continue
                 item = self.transform({**case, "source": json.dumps(case)})
             except Exception as error:
                 self.failures[name] = _explain(case, error)
                 logger.error(f"{name}: {self.failures[name]}")
-                continue
-            yield item
+            else:
+                yield item
 
     def report(self) -> None:
         """Raise one error that lists all failed cases, if there were any; the others are finished by now."""
@@ -244,15 +253,23 @@ class CaseStream(IterableDataset):
 
 
 def _explain(case: Case, error: BaseException) -> str:
-    """The root cause in one line, with the files it may lie in."""
-    while error.__cause__ is not None and not isinstance(error, CaseError):
-        error = error.__cause__
+    """The cause in one line, with the case's files if it names none."""
+    error = unwrap(error)
+    reason = " ".join(str(error).split())
     if isinstance(error, CaseError):
-        return str(error)
-    files = [v for v in case.values() if isinstance(v, str) and ("/" in v or os.sep in v)]
-    reason = " ".join(str(error).split())[:300]
-    culprit = next((f for f in files if f in reason), ", ".join(files))
-    return f"cannot read {culprit}: {type(error).__name__}: {reason}; the file is damaged or of another kind, replace it"
+        return reason
+    return f"{type(error).__name__}: {reason}; see {', '.join(_files(case))}"
+
+
+def unwrap(error: BaseException) -> BaseException:
+    """The error that MONAI's transforms and config parser have wrapped in RuntimeErrors."""
+    while type(error) is RuntimeError and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _files(case: Case) -> list[str]:
+    return [v for v in case.values() if isinstance(v, str) and os.path.isfile(v)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,6 +286,8 @@ class CaseSaver:
         dtypes: key -> dtype on disk.
         weights: file whose hash the side-car records.
     """
+
+    PLACES = ("bundle_root", "dataset_dir", "phantoms", "cases", "weights", "output_dir", "num_samples", "batch_size")
 
     def __init__(
         self,
@@ -287,23 +306,18 @@ class CaseSaver:
         self._config: dict | None = None
 
     def attach(self, engine: Engine) -> None:
-        """Write after every iteration; find out at the door whether writing is possible."""
+        """Write after every iteration."""
         engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
     def start(self, engine: Engine | None = None) -> None:
-        """Check the folder, remember the executed config."""
-        write_json(self.output_dir / f".probe-{os.environ.get('RANK', 0)}.json", {})
-        (self.output_dir / f".probe-{os.environ.get('RANK', 0)}.json").unlink()
-        config = self.config()
-        if config:
-            write_json(self.output_dir / f"run-{self.fingerprint()[:8]}.json", config)
+        """Write down the executed config, and so find out at the door whether writing is possible."""
+        write_json(self.run_file(), self.config())
 
     def config(self) -> dict:
         """The executed config, as the running workflow holds it; empty outside a workflow."""
         if self._config is None:
-            workflow = running_workflow()
-            content = {} if workflow is None else {k: v for k, v in workflow.parser.config.items() if k != "_meta_"}
+            content = {k: v for k, v in _running_config().items() if k not in ("_meta_", "made_by")}
             self._config = json.loads(json.dumps(content, default=str))
         return self._config
 
@@ -315,37 +329,45 @@ class CaseSaver:
 
     def fingerprint(self) -> str:
         """Hash of all that shapes a sample besides the case itself: the config without its places, and the weights."""
-        places = {"bundle_root", "dataset_dir", "output_dir", "cases", "num_samples", "batch_size", "made_by", "phantoms"}
-        recipe = {k: v for k, v in self.config().items() if k not in places}
+        recipe = {k: v for k, v in self.config().items() if k not in self.PLACES}
         return hashlib.sha256(json.dumps([recipe, self.weights_sha256()], sort_keys=True).encode()).hexdigest()
+
+    def run_file(self) -> Path:
+        """Where the executed config is kept."""
+        return self.output_dir / f"run-{self.fingerprint()[:8]}.json"
 
     def path(self, name: str, key: str) -> Path:
         """Where the file for ``key`` of case ``name`` goes."""
         return self.output_dir / f"{name}_{self.outputs[key]}{self.extension}"
 
     def finished(self, case: Case) -> bool:
-        """Whether the case's side-car is there, made by the same recipe; refuses a replay with other weights."""
+        """Whether the same recipe made the case from the same inputs before; refuses a replay with other weights."""
         expected = case.get("weights_sha256")
         if expected and expected != self.weights_sha256():
             raise CaseError(f"the side-car of {case['name']} was made with other weights than {self.weights}")
-        sidecar = self.output_dir / f"{case.get('name')}.json"
-        if not sidecar.is_file():
+        try:
+            made_by = json.loads((self.output_dir / f"{case['name']}.json").read_text(encoding="utf-8"))["made_by"]
+        except FileNotFoundError:
             return False
-        made_by = json.loads(sidecar.read_text()).get("made_by", {})
-        same = made_by.get("recipe_sha256") == self.fingerprint() and made_by.get("case") == _plain(case)
-        if not same:
+        if any(made_by[k] != v for k, v in self.origin(case).items()):
             logger.warning(f"{case['name']}: made by another recipe before, made again")
-        return same and all(Path(self.output_dir / f).is_file() for f in made_by.get("outputs", {}))
+            return False
+        return all((self.output_dir / file).is_file() for file in made_by["outputs"])
+
+    def origin(self, case: Case) -> dict[str, Any]:
+        """All that decides what becomes of a case."""
+        inputs = {file: sha256(file) for file in _files(case)}
+        return {"case": _plain(case), "recipe_sha256": self.fingerprint(), "inputs": inputs}
 
     def __call__(self, engine: Engine) -> None:
         """Write the cases of the finished iteration."""
-        for batch, output in zip(engine.state.batch, engine.state.output, strict=True):
+        state: Any = engine.state
+        for batch, output in zip(state.batch, state.output, strict=True):
             self.save({**batch, **output})
 
     def save(self, data: Mapping[str, Any]) -> None:
         """Write one case: files first, the side-car last."""
         case = json.loads(data["source"])
-        self._refuse_overwriting(case)
         written = {}
         for key in self.outputs:
             if isinstance(data.get(key), torch.Tensor):
@@ -353,37 +375,33 @@ class CaseSaver:
                 with atomic_path(path) as temporary:
                     self._write(temporary, data[key], self.dtypes.get(key, "float32"))
                 written[path.name] = sha256(path)
-        inputs = {v: sha256(v) for v in case.values() if isinstance(v, str) and Path(v).is_file()}
-        run = self.output_dir / f"run-{self.fingerprint()[:8]}.json"
-        bundle_root = next((v for v in [str(self.config().get("bundle_root", ""))] if not v.startswith("$")), None)
+        root = _bundle_root()
         sidecar: dict[str, Any] = {
-            "config_file": str(run.resolve()),
-            "bundle_root": bundle_root or _bundle_root(),
+            "config_file": str(self.run_file().resolve()),
+            "bundle_root": None if root is None else str(root),
             "cases": [{**_plain(case), "weights_sha256": self.weights_sha256()}],
             "made_by": {
-                "case": _plain(case),
+                **self.origin(case),
                 "seed": case.get("seed"),
-                "recipe_sha256": self.fingerprint(),
                 "weights": self.weights,
                 "weights_sha256": self.weights_sha256(),
-                "inputs": inputs,
                 "outputs": written,
                 "versions": {"monai": monai.__version__, "torch": torch.__version__, "numpy": np.__version__},
                 "notice": "synthetic image, not of a patient; to make it again: "
                 "python -m monai.bundle run --args_file THIS_FILE --output_dir ELSEWHERE",
             },
         }
-        if sidecar["bundle_root"] is not None:
-            configs = Path(sidecar["bundle_root"]) / "configs"
+        if root is not None:
+            configs = root / "configs"
             sidecar |= {"meta_file": str(configs / "metadata.json"), "logging_file": str(configs / "logging.conf")}
         write_json(self.output_dir / f"{case['name']}.json", sidecar)
+        logger.info(f"{case['name']}: written to {self.output_dir}")
 
-    def _refuse_overwriting(self, case: Case) -> None:
-        """Outputs never take the place of inputs."""
-        inputs = {Path(v).resolve() for v in case.values() if isinstance(v, str)}
-        clash = [p for p in (self.path(case["name"], k) for k in self.outputs) if p.resolve() in inputs]
-        if clash:
-            raise CaseError(f"{clash[0]} is an input of this case: choose another --output_dir")
+    def refuse_inputs(self, cases: Sequence[Case]) -> None:
+        """Outputs never go where inputs lie, so that they neither replace one nor are taken for one."""
+        for file in (file for case in cases for file in _files(case)):
+            if Path(file).resolve().parent == self.output_dir.resolve():
+                raise CaseError(f"output_dir {self.output_dir} holds the input {file}: choose another --output_dir")
 
     def _write(self, path: Path, image: torch.Tensor, dtype: str) -> None:
         writer = resolve_writer(self.extension.lstrip("."))[0](output_dtype=np.dtype(dtype))
@@ -409,31 +427,40 @@ def running_workflow() -> ConfigWorkflow | None:
     return None
 
 
-def _bundle_root() -> str | None:
+def _running_config() -> dict[str, Any]:
     workflow = running_workflow()
-    return None if workflow is None else str(workflow.config_root_path.resolve().parent)
+    config: Any = {} if workflow is None else workflow.parser.config
+    return config
+
+
+def _bundle_root() -> Path | None:
+    """Root of the running bundle; a replay, whose config lies elsewhere, spells it out."""
+    workflow = running_workflow()
+    if workflow is None:
+        return None
+    root = str(_running_config().get("bundle_root", "$"))
+    return workflow.config_root_path.resolve().parent if root.startswith("$") else Path(root)
 
 
 def check_knobs() -> None:
     """Refuse knobs that no config of the bundle knows, and values of another type than the default's.
 
-    MONAI accepts any top-level key, so ``--epoch 5`` would pass silently. Called in every ``initialize``.
+    MONAI accepts any top-level key, so ``--epoch 5`` would pass silently. Called in every ``initialize``, where it also
+    sees to it that a failed run ends with the cause.
     """
-    workflow = running_workflow()
-    if workflow is None:
+    root = _bundle_root()
+    if root is None:
         return
-    defaults: dict[str, Any] = {}
-    for path in sorted(workflow.config_root_path.glob("*.json")):
-        if path.name != "metadata.json":
-            defaults = {**{k.lstrip("+"): v for k, v in json.loads(path.read_text()).items()}, **defaults}
-    for path in [workflow.config_root_path / "train.json", workflow.config_root_path / "inference.json"]:
-        if path.is_file():
-            defaults |= json.loads(path.read_text())
-    properties = {**TrainProperties, **InferProperties, **MetaProperties}
-    reserved = {"_meta_", "_desc_", "made_by"} | {p["id"].split("::")[0] for p in properties.values()}
-    reserved |= set(DEFAULT_EXP_MGMT_SETTINGS["mlflow"]["configs"]) | {"experiment_name", "run_name", "tracking_uri"}
+    sys.excepthook = _end_with_cause
+    configs, defaults = root / "configs", dict[str, Any]()
+    for path in [configs / "inference.json", configs / "train.json", *sorted(configs.glob("*.json"))]:
+        if path.is_file() and path.name not in ("metadata.json", "import_rules.json"):
+            defaults = {k.lstrip("+"): v for k, v in json.loads(path.read_text(encoding="utf-8")).items()} | defaults
+    tracking: Any = DEFAULT_EXP_MGMT_SETTINGS
+    reserved = {"_meta_", "_desc_", "made_by", "tracking_uri", "experiment_name", "run_name"}
+    reserved |= set(tracking["mlflow"]["configs"])
     problems = []
-    for key, value in workflow.parser.config.items():
+    for key, value in _running_config().items():
         if key not in defaults and key not in reserved:
             near = difflib.get_close_matches(key, defaults, n=1)
             hint = f"did you mean --{near[0]}?" if near else "see the table of knobs in docs/README.md"
@@ -450,11 +477,15 @@ def _same_kind(default: Any, value: Any) -> bool:
         return True
     if isinstance(default, str) and default[:1] in "$@%":
         return True
-    numbers = (int, float)
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(default, bool) and isinstance(value, bool)
-    if isinstance(default, numbers) and isinstance(value, numbers):
+    if isinstance(default, float) and type(value) is int:
         return True
-    if isinstance(default, (list, tuple)):
-        return isinstance(value, (list, tuple))
-    return isinstance(value, type(default))
+    kind = (list, tuple) if isinstance(default, list) else type(default)
+    return isinstance(value, kind) and isinstance(value, bool) == isinstance(default, bool)
+
+
+def _end_with_cause(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Exception hook: below the traceback, say once more what MONAI's own errors have wrapped."""
+    sys.__excepthook__(kind, error, trace)
+    cause = unwrap(error)
+    if cause is not error:
+        sys.stderr.write(f"\n{type(cause).__name__}: {cause}\n")

@@ -132,6 +132,7 @@ class TrainingState:
         self.model = model
         self.interval = interval
         self.resume = resume
+        self.damaged: set[Path] = set()
 
     def attach(self, engine: Engine) -> None:
         """Load at the start, save after epochs."""
@@ -170,6 +171,7 @@ class TrainingState:
             try:
                 return path, torch.load(path, map_location="cpu", weights_only=True)
             except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+                self.damaged.add(path)
                 logger.warning(f"{path} is damaged, passed over ({' '.join(str(error).split())[:100]})")
         if found:
             raise ValueError(
@@ -190,8 +192,9 @@ class TrainingState:
         objects = {n: unwrapped(o) if isinstance(o, nn.Module) else o for n, o in self.objects.items()}
         with atomic_path(self.path) as temporary:
             torch.save({**{n: o.state_dict() for n, o in objects.items()}, "epoch": epoch, "epochs": epochs}, temporary)
-            if self.path.is_file():
+            if self.path.is_file() and self.path not in self.damaged:
                 os.replace(self.path, self.previous)
+        self.damaged.clear()
 
 
 class Progress:
@@ -224,7 +227,7 @@ class Progress:
         """Advance, with a smoothed loss."""
         output: Any = engine.state.output
         output = output[0] if isinstance(output, list) else output
-        loss = float(output["loss"])
+        loss = float(torch.as_tensor(output["loss"]).detach())
         self.loss = loss if self.loss is None else 0.98 * self.loss + 0.02 * loss
         epoch = f"{engine.state.epoch}/{engine.state.max_epochs}"
         self.bar.set_postfix(epoch=epoch, loss=f"{self.loss:.4f}", refresh=False)

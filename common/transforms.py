@@ -1,6 +1,7 @@
 """Dictionary transforms MONAI lacks: checked layouts, conditions from layouts, moved nodules, patches pasted back.
 
-All follow MONAI's conventions (keys, channel-first ``MetaTensor``); whatever is random draws from the case's own ``seed``.
+All follow MONAI's conventions (keys, channel-first ``MetaTensor``); what is random at inference draws from the case's own
+``seed``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import InvertibleTransform, MapTransform, Randomizable, Transform
+from monai.transforms import InvertibleTransform, LoadImage, MapTransform, Randomizable, Transform
 from monai.utils import TraceKeys
 from scipy import ndimage
 
@@ -21,9 +22,14 @@ from .io import CaseError
 Data = Mapping[Hashable, Any]
 
 
-def _file(data: Data, key: str) -> str:
+def _file(data: Data, key: Hashable) -> str:
     meta = getattr(data.get(key), "meta", {})
     return str(meta.get("filename_or_obj", key))
+
+
+def _like(values: torch.Tensor, image: MetaTensor) -> MetaTensor:
+    """New voxels in an image's place: its affine, its file, its history."""
+    return MetaTensor(values, meta=dict(image.meta), applied_operations=list(image.applied_operations))
 
 
 def _spacing(image: torch.Tensor) -> np.ndarray:
@@ -32,62 +38,114 @@ def _spacing(image: torch.Tensor) -> np.ndarray:
     return np.ones(image.ndim - 1) if affine is None else np.linalg.norm(np.asarray(affine)[:-1, :-1], axis=0)
 
 
+class LoadCased(MapTransform):
+    """MONAI's ``LoadImaged`` for cases, whose keys may be missing; a file that cannot be read is named.
+
+    Args:
+        keys: file paths that become channel-first images.
+        kwargs: further arguments of ``LoadImage``.
+    """
+
+    def __init__(self, keys: KeysCollection, **kwargs: Any) -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.load = LoadImage(image_only=True, ensure_channel_first=True, **kwargs)
+
+    def __call__(self, data: Data) -> dict:
+        """Load what is there."""
+        data = dict(data)
+        for key in self.key_iterator(data):
+            try:
+                image = self.load(data[key])
+            except Exception as error:
+                reason = " ".join(str(error).split())[:200]
+                raise CaseError(
+                    f"cannot read {data[key]} ({type(error).__name__}: {reason}): "
+                    "the file is damaged or of another kind, replace it"
+                ) from error
+            data[key] = image
+        return data
+
+
 class CheckCased(MapTransform):
     """Refuses volumes that cannot be used, naming the file and the way out.
 
     Args:
         keys: loaded images (C, *S); the first present one defines the grid.
         spatial_dims: expected number of spatial axes.
+        limits: lowest and highest value, by default what an int16 file holds.
     """
 
-    def __init__(self, keys: KeysCollection, spatial_dims: int = 3) -> None:
+    def __init__(
+        self, keys: KeysCollection, spatial_dims: int = 3, limits: Sequence[float] = (-(2**15), 2**15 - 1)
+    ) -> None:
         super().__init__(keys, allow_missing_keys=True)
         self.spatial_dims = spatial_dims
+        self.low, self.high = limits
 
     def __call__(self, data: Data) -> dict:
         """Check, and hand on unchanged."""
         data = dict(data)
-        first: str | None = None
-        for key in self.key_iterator(data):
-            image, name = data[key], _file(data, key)
-            if image.ndim != self.spatial_dims + 1 or image.shape[0] != 1:
-                shape = tuple(image.shape[1:] if image.shape[0] == 1 else image.shape)
-                raise CaseError(f"{name} has shape {shape}, expected one {self.spatial_dims}-D volume: split or select it")
-            if min(image.shape) == 0 or max(image.shape[1:]) < 2 or min(image.shape[1:]) < 2:
-                raise CaseError(f"{name} has shape {tuple(image.shape[1:])}, expected at least 2 voxels on every axis")
-            if not torch.isfinite(torch.as_tensor(image)).all():
-                bad = int((~torch.isfinite(torch.as_tensor(image))).sum())
-                raise CaseError(f"{name} holds {bad} NaN or infinite voxels: replace them, e.g. by air (-1000 HU)")
-            if first is None:
-                first = key
-                continue
-            if image.shape[1:] != data[first].shape[1:]:
-                raise CaseError(
-                    f"{name} has shape {tuple(image.shape[1:])}, but {_file(data, first)} has "
-                    f"{tuple(data[first].shape[1:])}: resample one onto the other's grid"
-                )
-            if not np.allclose(image.affine, data[first].affine, atol=1e-2):
-                raise CaseError(f"{name} and {_file(data, first)} have different affines: resample one onto the other's grid")
+        present = list(self.key_iterator(data))
+        for key in present:
+            self.check_volume(data[key], _file(data, key))
+        for key in present[1:]:
+            self.check_grid(data, key, present[0])
         return data
+
+    def check_volume(self, image: MetaTensor, name: str) -> None:
+        """One volume by itself: shape, place in the world, voxels."""
+        shape = tuple(image.shape[1:] if image.shape[0] == 1 else image.shape)
+        if len(shape) != self.spatial_dims:
+            raise CaseError(f"{name} has shape {shape}, expected one {self.spatial_dims}-D volume: split or select it")
+        if min(shape) < 2:
+            raise CaseError(f"{name} has shape {shape}, expected at least 2 voxels on every axis")
+        if not 0 < abs(np.linalg.det(image.affine)) < np.inf:
+            raise CaseError(f"{name} has an affine that cannot be inverted: write it anew with the scan's voxel size")
+        values = torch.as_tensor(image)
+        bad = int((~((values >= self.low) & (values <= self.high))).sum())
+        if bad:
+            raise CaseError(
+                f"{name} holds {bad} voxels that are NaN, infinite or outside [{self.low:g}, {self.high:g}]: "
+                "replace them, in a CT by air (-1000 HU)"
+            )
+
+    def check_grid(self, data: Data, key: Hashable, first: Hashable) -> None:
+        """Two volumes on one grid."""
+        image, other = data[key], data[first]
+        names = f"{_file(data, key)} and {_file(data, first)}"
+        if image.shape != other.shape:
+            shapes = f"{tuple(image.shape[1:])} and {tuple(other.shape[1:])}"
+            raise CaseError(f"{names} have different shapes, {shapes}: resample one onto the other's grid")
+        if not np.allclose(image.affine, other.affine, atol=1e-2):
+            raise CaseError(f"{names} have different affines: resample one onto the other's grid")
 
 
 class MapLayoutd(Transform):
-    """Brings any user's label numbers to the bundle's: 0 background, 1 .. K in the order of ``labels``.
+    """Brings any user's label numbers to the bundle's: 0 background, 1 .. K in the order of ``classes``.
 
     Args:
         key: the label map (1, *S).
         labels: class name -> numbers in the user's file, e.g. ``{"lung": [10, 11, 12, 13, 14], "nodule": [200]}``.
         masks: class name -> key of a separate mask file (non-zero is inside), painted over the label map when present.
         other: what to do with numbers in no class: ``"error"`` or ``"background"``.
+        classes: the bundle's class names in its order; None takes the order of ``labels``.
     """
 
     def __init__(
-        self, key: str, labels: Mapping[str, Sequence[int]], masks: Mapping[str, str] | None = None, other: str = "error"
+        self,
+        key: str,
+        labels: Mapping[str, int | Sequence[int]],
+        masks: Mapping[str, str] | None = None,
+        other: str = "error",
+        classes: Sequence[str] | None = None,
     ) -> None:
         if other not in ("error", "background"):
             raise ValueError(f"other_labels must be 'error' or 'background', got {other!r}")
+        classes = list(labels) if classes is None else list(classes)
+        if set(labels) != set(classes):
+            raise ValueError(f"labels name {', '.join(labels)}, expected exactly {', '.join(classes)}")
         self.key = key
-        self.labels = {name: [numbers] if isinstance(numbers, int) else list(numbers) for name, numbers in labels.items()}
+        self.labels = {name: np.atleast_1d(labels[name]).tolist() for name in classes}
         self.masks = dict(masks or {})
         self.other = other
 
@@ -97,7 +155,9 @@ class MapLayoutd(Transform):
         source, name = data[self.key], _file(data, self.key)
         values = torch.as_tensor(source)
         if not torch.equal(values, values.round()):
-            raise CaseError(f"{name} holds fractional values: a layout has whole-numbered labels; resample it with nearest")
+            raise CaseError(
+                f"{name} holds fractional values: a layout has whole-numbered labels; resample it with nearest"
+            )
         known = {0, *(n for numbers in self.labels.values() for n in numbers)}
         unknown = sorted({int(v) for v in torch.unique(values)} - known)
         if unknown and self.other == "error":
@@ -112,7 +172,7 @@ class MapLayoutd(Transform):
                 layout[torch.as_tensor(data[self.masks[label]]) > 0] = index
         if not layout.any():
             raise CaseError(f"{name} holds none of the labels {self.labels}: the layout is empty; set --labels")
-        data[self.key] = MetaTensor(layout, meta=dict(source.meta), applied_operations=source.applied_operations)
+        data[self.key] = _like(layout, source)
         return data
 
 
@@ -133,7 +193,7 @@ class FillMissingImaged(Transform):
         data = dict(data)
         if self.key not in data:
             layout = data[self.like]
-            data[self.key] = MetaTensor(torch.full(layout.shape, torch.nan), meta=dict(layout.meta))
+            data[self.key] = _like(torch.full(layout.shape, torch.nan), layout)
         return data
 
 
@@ -156,8 +216,7 @@ class LayoutToConditiond(Transform):
         data = dict(data)
         layout = data[self.key]
         channels = torch.cat([torch.as_tensor(layout).round() == k for k in self.labels]).float()
-        meta, operations = dict(layout.meta), layout.applied_operations
-        data[self.output] = MetaTensor(channels * 2 - 1, meta=meta, applied_operations=operations)
+        data[self.output] = _like(channels * 2 - 1, layout)
         return data
 
 
@@ -185,7 +244,7 @@ class ColumnScaled(MapTransform):
             values = torch.as_tensor(image).double()
             low, high = values.amin(dim=others, keepdim=True), values.amax(dim=others, keepdim=True)
             width = torch.where(high > low, high - low, 1.0)
-            data[key] = image * 0 + ((values - low) / width * 2 - 1).to(image.dtype)
+            data[key] = _like(((values - low) / width * 2 - 1).to(image.dtype), image)
             data[f"{key}_columns"] = torch.stack([low, width])
         return data
 
@@ -216,7 +275,8 @@ class PlaceNoduled(Transform):
 
     Args:
         key: layout (1, X, Y, Z), values 0, lung, nodule.
-        mode: ``"keep"`` changes nothing; ``"move"`` takes the case's own nodules elsewhere; ``"add"`` draws a new one.
+        mode: ``"keep"`` changes nothing; ``"add"`` draws a new nodule; ``"move"`` takes the case's own ones elsewhere,
+            or draws one where there is none.
         diameter: range of a new nodule's diameter in mm.
         scale: range of the factor by which a moved nodule is resized.
         lung: number of the lung label.
@@ -256,21 +316,18 @@ class PlaceNoduled(Transform):
         spacing = _spacing(layout)
         shapes = self.shapes(labels == self.nodule, spacing, rng) if self.mode == "move" else []
         placed = labels.copy() if self.mode == "add" else np.where(lungs, self.lung, labels)
-        for shape in shapes or [self.blob(rng.uniform(*self.diameter), spacing, rng)]:
+        for shape in shapes or [self.blob(rng.uniform(self.diameter[0], self.diameter[1]), spacing, rng)]:
             self.place(placed, shape, rng, _file(data, self.key))
-        data[self.key] = MetaTensor(
-            torch.as_tensor(placed[None]).to(layout.dtype), meta=dict(layout.meta), applied_operations=layout.applied_operations
-        )
+        data[self.key] = _like(torch.as_tensor(placed[None]).to(layout.dtype), layout)
         return data
 
     def shapes(self, nodules: np.ndarray, spacing: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
         """The case's own nodules, each resized and mirrored at random."""
-        components, count = ndimage.label(nodules)
+        components, _ = ndimage.label(nodules)
         shapes = []
-        for box in ndimage.find_objects(components)[:count]:
-            index = components[box].max()
+        for index, box in enumerate(ndimage.find_objects(components), start=1):
             shape = np.pad(components[box] == index, 1)
-            resized = ndimage.zoom(shape.astype(np.float32), rng.uniform(*self.scale), order=1) > 0.5
+            resized = ndimage.zoom(shape.astype(np.float32), rng.uniform(self.scale[0], self.scale[1]), order=1) > 0.5
             flips = tuple(slice(None, None, int(s)) for s in rng.choice([-1, 1], size=resized.ndim))
             shapes.append(resized[flips] if resized.any() else shape)
         return shapes
@@ -279,12 +336,13 @@ class PlaceNoduled(Transform):
         """A new nodule: an ellipsoid with a lightly bumpy surface."""
         radius = diameter / 2 * rng.uniform(0.85, 1.15, size=len(spacing))
         half = np.ceil(1.4 * radius / spacing).astype(int) + 1
-        grid = np.stack(np.meshgrid(*[np.arange(-h, h + 1) * s for h, s in zip(half, spacing, strict=True)], indexing="ij"))
+        axes = [np.arange(-h, h + 1) * s for h, s in zip(half, spacing, strict=True)]
+        grid = np.stack(np.meshgrid(*axes, indexing="ij"))
         bumps = ndimage.gaussian_filter(rng.standard_normal(grid.shape[1:]), diameter / 5 / spacing)
         distance = np.sqrt(((grid.T / radius) ** 2).sum(-1)).T + 0.15 * bumps / max(bumps.std(), 1e-9)
+        distance[tuple(half)] = 0  # never empty, however coarse the voxels
         components, _ = ndimage.label(distance < 1)
-        centre = components[tuple(half)]
-        return components == centre if centre else (np.abs(grid).max(axis=0) < spacing.max())
+        return components == components[tuple(half)]
 
     def place(self, labels: np.ndarray, shape: np.ndarray, rng: np.random.Generator, name: str) -> None:
         """Paint ``shape`` where all of it lies in the lung and touches no other nodule."""
@@ -299,7 +357,9 @@ class PlaceNoduled(Transform):
                 labels[index] = self.nodule
                 return
         extent = "x".join(str(n) for n in shape.shape)
-        raise CaseError(f"{name}: no place in the lung for a nodule of {extent} voxels: lower --nodule_diameter or --nodule_scale")
+        raise CaseError(
+            f"{name}: no place in the lung for a nodule of {extent} voxels: lower --nodule_diameter or --nodule_scale"
+        )
 
 
 class CropNoduled(MapTransform, Randomizable, InvertibleTransform):
@@ -346,41 +406,44 @@ class CropNoduled(MapTransform, Randomizable, InvertibleTransform):
     def cut(self, image: MetaTensor, start: Sequence[int]) -> MetaTensor:
         """One image's cube, its affine moved along."""
         values = torch.as_tensor(image)
-        cube = values[(slice(None), *(slice(a, a + s) for a, s in zip(start, self.size, strict=True)))]
+        cube = values[self.box(start)]
         short = [s - n for s, n in zip(self.size, cube.shape[1:], strict=True)]
         padding = [p for s in reversed(short) for p in (0, s)]
-        cube = torch.nn.functional.pad(cube, padding, value=float(values.amin()))
-        shift = torch.eye(4, dtype=image.affine.dtype)
-        shift[:3, 3] = torch.tensor(start, dtype=shift.dtype)
-        meta = {**image.meta, "affine": image.affine @ shift}
-        out = MetaTensor(cube, meta=meta, applied_operations=image.applied_operations)
+        out = _like(torch.nn.functional.pad(cube, padding, value=float(values.amin())), image)
+        out.affine = self.shifted(image.affine, start)
         self.push_transform(out, orig_size=image.shape[1:], extra_info={"start": list(start)})
         return out
 
     def inverse(self, data: Data) -> dict:
-        """Lay the cube back into an empty volume of the original size."""
+        """Lay the cube back into a volume of the original size, NaN (unknown) outside it."""
         data = dict(data)
         for key in self.key_iterator(data):
             cube = data[key]
             operation = self.pop_transform(cube)
             size, start = operation[TraceKeys.ORIG_SIZE], operation[TraceKeys.EXTRA_INFO]["start"]
-            shift = torch.eye(4, dtype=cube.affine.dtype)
-            shift[:3, 3] = -torch.tensor(start, dtype=shift.dtype)
-            whole = torch.zeros((cube.shape[0], *size), dtype=cube.dtype, device=cube.device)
-            used = [min(s, n - a) for s, n, a in zip(self.size, size, start, strict=True)]
-            inside = tuple(slice(0, u) for u in used)
-            box = tuple(slice(a, a + u) for a, u in zip(start, used, strict=True))
-            whole[(slice(None), *box)] = torch.as_tensor(cube)[(slice(None), *inside)]
-            meta = {**cube.meta, "affine": cube.affine @ shift}
-            data[key] = MetaTensor(whole, meta=meta, applied_operations=cube.applied_operations)
+            whole = torch.full((cube.shape[0], *size), torch.nan, dtype=cube.dtype, device=cube.device)
+            inside = whole[self.box(start)]
+            inside.copy_(torch.as_tensor(cube)[tuple(slice(n) for n in inside.shape)])
+            data[key] = _like(whole, cube)
+            data[key].affine = self.shifted(cube.affine, [-a for a in start])
         return data
+
+    def box(self, start: Sequence[int]) -> tuple[slice, ...]:
+        """Index of the cube in a channel-first volume; where the volume is shorter, of the part inside."""
+        return (slice(None), *(slice(a, a + s) for a, s in zip(start, self.size, strict=True)))
+
+    def shifted(self, affine: torch.Tensor, start: Sequence[int]) -> torch.Tensor:
+        """Affine of a grid that begins at voxel ``start`` of the given one."""
+        moved = affine.clone()
+        moved[:3, 3] += affine[:3, :3] @ torch.tensor(start, dtype=affine.dtype, device=affine.device)
+        return moved
 
 
 class PasteBackd(Transform):
     """Puts the synthesis into the original: inside the layout the prediction, outside it the original, to the bit.
 
     Args:
-        key: the prediction, on the original grid.
+        key: the prediction, on the original grid; where that is unknown (NaN) the original stays.
         original: key of the original image; where that is unknown (NaN) the prediction stays.
         layout: key of the label map on the original grid.
         labels: label numbers that are synthesised.
@@ -399,6 +462,6 @@ class PasteBackd(Transform):
             pred, original = data[self.key], torch.as_tensor(data[self.original])
             layout = torch.as_tensor(data[self.layout])
             outside = ~torch.isin(layout, torch.tensor(self.labels, dtype=layout.dtype, device=layout.device))
-            keep = (outside & original.isfinite()).to(pred.device)
+            keep = (outside.to(pred.device) | pred.isnan()) & original.to(pred.device).isfinite()
             data[self.key] = torch.where(keep, original.to(device=pred.device, dtype=pred.dtype), pred)
         return data

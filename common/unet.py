@@ -66,8 +66,9 @@ class DiffusionUNet(DiffusionModelUNet):
             raise ValueError(f"upsample_mode must be 'nearest' or 'linear', got {upsample_mode!r}")
         for module in self.modules():
             if isinstance(module, Upsample) and upsample_mode == "linear":
-                module.upsample_non_trainable.mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[spatial_dims]
-                module.upsample_non_trainable.align_corners = False
+                interpolate: Any = module.upsample_non_trainable
+                interpolate.mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[spatial_dims]
+                interpolate.align_corners = False
             if zero_init_attention and isinstance(module, SpatialAttentionBlock):
                 for parameter in module.attn.out_proj.parameters():
                     nn.init.zeros_(parameter)
@@ -134,6 +135,7 @@ class DiffusionUNet(DiffusionModelUNet):
     ) -> torch.Tensor:
         """Run the up path -> prediction (B, out_channels, *S)."""
         skips = list(skips)
+        block: Any
         for block in self.up_blocks:
             count = len(block.resnets)
             skips, used = skips[:-count], skips[-count:]

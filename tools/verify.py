@@ -4,8 +4,8 @@
     python tools/verify.py lung_ddpm --smoke     # one, trained and run for seconds as well
     python tools/verify.py /somewhere/lung_ddpm  # an unzipped release
 
-Every ``check_<what>(bundle)`` returns a list of problems, empty if all is well. Bundles are data here: a path, JSON, and
-MONAI's own parser. Exit codes: 0 all checks passed, 1 a check failed, 2 the command line is wrong.
+Every ``check_<what>(bundle)`` returns a list of problems, empty if all is well. Bundles are data here: a path, JSON,
+and MONAI's own parser. Exit codes: 0 all checks passed, 1 a check failed, 2 the command line is wrong.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -50,12 +51,12 @@ MAY_DIFFER = {
     "phantom_cases": "training needs more of them",
     "phantom_seed": "synthesis starts from bodies that training has not seen",
     "cases": "synthesis does without images, repeats cases, and goes on after a bad one",
-    "preprocessing": "the common parts are `load` and `to_network`; synthesis also places nodules and keeps the original",
+    "preprocessing": "synthesis also places nodules and keeps the original; `load` and `to_network` are shared",
     "run": "each file's own verb",
 }
 
-FILES = """LICENSE configs/metadata.json configs/inference.json configs/train.json configs/logging.conf docs/README.md
-docs/data_license.txt models/model.pt""".split()
+FILES = ["LICENSE", "docs/README.md", "docs/data_license.txt", "models/model.pt"]
+FILES += [f"configs/{name}" for name in ("metadata.json", "inference.json", "train.json", "logging.conf")]
 DATA = {"metadata", "import_rules"}  # JSON in configs/ that is no MONAI config
 MAX_MODELS = 10_000_000  # bytes of all that lies in models/, as it is in git
 
@@ -69,38 +70,8 @@ HEAD = {
     "device": "$torch.device('cuda:' + os.environ.get('LOCAL_RANK', '0') if torch.cuda.is_available() else 'cpu')",
 }
 
-# MONAI's meta_schema_20240725.json in other words, with the changelog that the zoo's CI wants; checked without network.
-_TENSOR = {
-    "type": "object",
-    "required": ["type", "format", "num_channels", "spatial_shape", "dtype", "value_range"],
-    "properties": {
-        **{key: {"type": "string"} for key in ("type", "format", "modality", "dtype")},
-        "num_channels": {"type": "integer"},
-        "spatial_shape": {"type": "array", "items": {"type": ["integer", "string"]}},
-        "value_range": {"type": "array", "items": {"type": "number"}},
-        "is_patch_data": {"type": "boolean"},
-        "channel_def": {"type": "object"},
-    },
-}
-_ENTRIES = {"type": "object", "additionalProperties": {"anyOf": [{"type": ["number", "string", "boolean"]}, _TENSOR]}}
-_STRINGS = "schema version monai_version pytorch_version numpy_version task description authors copyright".split()
-SCHEMA = {
-    "type": "object",
-    "required": [*_STRINGS, "required_packages_version", "network_data_format", "changelog"],
-    "properties": {
-        **{key: {"type": "string"} for key in [*_STRINGS, "name", "intended_use", "data_source", "data_type"]},
-        **{key: {"type": "string"} for key in ("image_classes", "label_classes", "pred_classes")},
-        **{key: {"type": "object"} for key in ("required_packages_version", "changelog", "supported_apps", "eval_metrics")},
-        "references": {"type": "array", "items": {"type": "string"}},
-    },
-    "patternProperties": {
-        "_data_format$": {
-            "type": "object",
-            "required": ["inputs", "outputs"],
-            "properties": {"inputs": _ENTRIES, "outputs": _ENTRIES, "post_processed_outputs": _ENTRIES},
-        }
-    },
-}
+# MONAI's metadata schema, re-stated as it must be at hand without network.
+SCHEMA = json.loads((REPO / "tools" / "metadata_schema.json").read_text(encoding="utf-8"))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -119,7 +90,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def configs(bundle: Path) -> tuple[dict[str, dict], dict[str, dict]]:
-    """Read all configs -> (bases, complete alone; overlays). A base is `train`, `inference`, or brings a `bundle_root`."""
+    """Read all configs -> (bases, overlays); a base is complete alone: `train`, `inference`, or with a `bundle_root`."""
     found = {p.stem: read(p) for p in sorted((bundle / "configs").glob("*.json")) if p.stem not in DATA}
     bases = {name: c for name, c in found.items() if name in ("train", "inference") or "bundle_root" in c}
     return bases, {name: c for name, c in found.items() if name not in bases}
@@ -160,8 +131,8 @@ def build(parsed: ConfigParser, device: str = "meta") -> torch.nn.Module:
 
 def check_files(bundle: Path) -> list[str]:
     """The files of the model zoo are there, and the name does not look like one with a version."""
-    problems = [f"no {name}" for name in FILES if not (bundle / name).is_file()]
-    return problems + ([f"name {bundle.name} contains _v, where MONAI cuts the version off"] if "_v" in bundle.name else [])
+    named = [f"name {bundle.name} contains _v, where MONAI cuts the version off"] if "_v" in bundle.name else []
+    return [f"no {name}" for name in FILES if not (bundle / name).is_file()] + named
 
 
 def check_json(bundle: Path) -> list[str]:
@@ -199,9 +170,9 @@ def check_versions(bundle: Path) -> list[str]:
         return []
     pins = dict(re.findall(r"^([\w.-]+)==([\w.]+)", requirements.read_text(), flags=re.MULTILINE))
     meta = read(bundle / "configs" / "metadata.json")
-    named = {name: meta[f"{key}_version"] for name, key in (("monai", "monai"), ("torch", "pytorch"), ("numpy", "numpy"))}
-    named |= meta["required_packages_version"]
-    return [f"{k} is {v} in metadata.json, {pins.get(k)} in requirements.txt" for k, v in named.items() if pins.get(k) != v]
+    named = {"monai": meta["monai_version"], "torch": meta["pytorch_version"], "numpy": meta["numpy_version"]}
+    wrong = {k: v for k, v in {**named, **meta["required_packages_version"]}.items() if pins.get(k) != v}
+    return [f"{k} is {v} in metadata.json, {pins.get(k)} in requirements.txt" for k, v in wrong.items()]
 
 
 def check_data_format(bundle: Path) -> list[str]:
@@ -209,8 +180,10 @@ def check_data_format(bundle: Path) -> list[str]:
     form, parsed = read(bundle / "configs" / "metadata.json")["network_data_format"], parser(bundle, "inference")
     problems = []
     for entry, argument in ((form["inputs"]["image"], "in_channels"), (form["outputs"]["pred"], "out_channels")):
-        expected = {"num_channels": parsed.get_parsed_content(f"network_def::{argument}"), "spatial_shape": parsed["image_size"]}
-        problems += [f"{k} is {entry[k]} in metadata.json, {v} by inference.json" for k, v in expected.items() if entry[k] != v]
+        channels = parsed.get_parsed_content(f"network_def::{argument}")
+        for key, value in (("num_channels", channels), ("spatial_shape", parsed["image_size"])):
+            if entry[key] != value:
+                problems.append(f"{key} is {entry[key]} in metadata.json, {value} by inference.json")
         if len(entry.get("channel_def", {})) not in (0, entry["num_channels"]):
             problems.append(f"channel_def names {len(entry['channel_def'])} channels of {entry['num_channels']}")
     return problems
@@ -261,13 +234,14 @@ def _differences(a: Any, b: Any, path: str) -> list[str]:
     """Ids below `path` at which two values differ."""
     if not (isinstance(a, dict) and isinstance(b, dict)):
         return [] if a == b else [path]
-    return [d for k in {**a, **b} for d in ([f"{path}::{k}"] if (k in a) != (k in b) else _differences(a[k], b[k], f"{path}::{k}"))]
+    return [d for k in {**a, **b} for d in _differences(a.get(k, ...), b.get(k, ...), f"{path}::{k}")]
 
 
 def check_shared_ids(bundle: Path) -> list[str]:
     """An id that train.json and inference.json both have has the same value in both."""
     train, inference = (read(bundle / "configs" / f"{name}.json") for name in ("train", "inference"))
-    found = [d for k in train if k in inference and k not in MAY_DIFFER for d in _differences(train[k], inference[k], k)]
+    shared = [k for k in train if k in inference and k not in MAY_DIFFER]
+    found = [path for k in shared for path in _differences(train[k], inference[k], k)]
     return [f"{path} differs between train.json and inference.json" for path in found]
 
 
@@ -281,8 +255,10 @@ def check_flat_knobs(bundle: Path) -> list[str]:
     problems = []
     for where, item in everything(bundle):
         if isinstance(item, dict) and "_target_" in item:
-            fixed = [k for k in item if k in knobs and isinstance(item[k], (int, float, list)) and "@" not in str(item[k])]
-            problems += [f"{where}::{k} is fixed to {item[k]}: make it a top-level knob" for k in fixed]
+            fixed = {
+                k: v for k, v in item.items() if k in knobs and isinstance(v, (int, float, list)) and "@" not in str(v)
+            }
+            problems += [f"{where}::{k} is fixed to {v}: make it a top-level knob" for k, v in fixed.items()]
     for name, content in overlays.items():
         nested = [k for k, v in content.items() if "::" in k and type(v) in (int, float)]
         problems += [f"{name}.json {k}: make it a top-level knob" for k in nested]
@@ -331,16 +307,20 @@ def check_initialize(bundle: Path) -> list[str]:
 
 
 def check_properties(bundle: Path) -> list[str]:
-    """MONAI finds every property of a training and of an inference workflow."""
+    """MONAI finds every property of a training and of an inference workflow; asked at smoke size, as it builds them."""
     problems = []
+    meta, logging_file = (str(bundle / "configs" / name) for name in ("metadata.json", "logging.conf"))
     for name, kind in (("train", "train"), ("inference", "infer")):
-        files = {"config_file": str(bundle / "configs" / f"{name}.json"), "meta_file": str(bundle / "configs" / "metadata.json")}
-        workflow = ConfigWorkflow(**files, logging_file=False, workflow_type=kind, bundle_root=str(bundle))
-        try:
-            wrong = workflow.check_properties() or []
-        except KeyError as error:  # MONAI's answer to a required one that is missing
-            wrong = [str(error.args[0])]
-        problems += [f"{name}.json: {w}" for w in wrong]
+        files = [str(bundle / "configs" / f"{n}.json") for n in (name, "smoke")]
+        with tempfile.TemporaryDirectory() as folder:
+            places = {"bundle_root": str(bundle), "output_dir": folder, "device": "cpu"}
+            workflow = ConfigWorkflow(files, meta, logging_file, workflow_type=kind, **places)
+            workflow.initialize()
+            try:
+                wrong = workflow.check_properties() or []
+            except KeyError as error:  # MONAI's answer to a required one that is missing
+                wrong = [str(error.args[0])]
+            problems += [f"{name}.json: {w}" for w in wrong]
     return problems
 
 
@@ -349,7 +329,7 @@ def check_properties(bundle: Path) -> list[str]:
 
 
 def check_network(bundle: Path) -> list[str]:
-    """The network takes one tensor of the shape that metadata.json says and gives one back; MONAI's own check agrees."""
+    """The network turns one tensor of the shape in metadata.json into one of the other; MONAI's own check agrees."""
     meta = bundle / "configs" / "metadata.json"
     form, parsed = read(meta)["network_data_format"], parser(bundle, "inference")
     shapes = [(1, e["num_channels"], *e["spatial_shape"]) for e in (form["inputs"]["image"], form["outputs"]["pred"])]
@@ -390,11 +370,12 @@ def check_export(bundle: Path) -> list[str]:
     image = torch.rand(1, channels, *[max(8, s // 4) for s in parsed["image_size"]])
     with torch.no_grad():
         traced = torch.jit.trace(network, image, check_trace=False)
-        return [] if torch.allclose(traced(image), network(image), atol=1e-5) else ["the traced network computes something else"]
+        same = torch.allclose(traced(image), network(image), atol=1e-5)
+    return [] if same else ["the traced network computes something else"]
 
 
 def check_weights(bundle: Path) -> list[str]:
-    """Shipped weights are small, plain, finite, fill their network, and agree with their card ``models/<name>.json``."""
+    """Shipped weights are small, plain, finite, fill their network and agree with their card ``models/<name>.json``."""
     problems = []
     found = [p for p in sorted((bundle / "models").glob("*.pt")) if not p.stem.endswith(".previous")]
     size = sum(p.stat().st_size for p in (bundle / "models").rglob("*") if p.is_file() and ".previous." not in p.name)
@@ -402,7 +383,7 @@ def check_weights(bundle: Path) -> list[str]:
         problems.append(f"models/ holds {size / 1e6:.1f} MB, more than {MAX_MODELS / 1e6:.0f} MB")
     overlays = configs(bundle)[1]
     for path in found:
-        users = [n for n, c in overlays.items() if n.startswith("inference") and f"/models/{path.name}" in str(c.get("weights"))]
+        users = [n for n, c in overlays.items() if f"/models/{path.name}" in str(c.get("weights"))]
         state = torch.load(path, map_location="cpu", weights_only=True)
         try:
             build(parser(bundle, "inference", *users[:1])).load_state_dict(state, strict=True, assign=True)
@@ -411,9 +392,10 @@ def check_weights(bundle: Path) -> list[str]:
         if not all(value.isfinite().all() for value in state.values()):
             problems.append(f"{path.name} holds NaN or infinity")
         card = path.with_suffix(".json")
-        stated = json.loads(card.read_text()).get("weights_sha256") if card.is_file() else "nothing: there is no such card"
-        if stated != hashlib.sha256(path.read_bytes()).hexdigest():
-            problems.append(f"{card.name} does not give the SHA-256 of {path.name} as weights_sha256 but {stated}")
+        if not card.is_file():
+            problems.append(f"{path.name} has no provenance card {card.name}")
+        elif read(card).get("weights_sha256") != hashlib.sha256(path.read_bytes()).hexdigest():
+            problems.append(f"weights_sha256 in {card.name} is not that of {path.name}")
     return problems or ([] if found else ["no weights in models/"])
 
 
@@ -460,16 +442,14 @@ def check_smoke(bundle: Path) -> list[str]:
     return list(dict.fromkeys(problems))
 
 
-LAWS: list[Callable[[Path], list[str]]] = [
-    check_json, check_head, check_requires, check_strings, check_shared_ids, check_flat_knobs, check_overlays, check_initialize
-]  # fmt: skip
-CHECKS = [
-    *[check_files, *LAWS, check_metadata, check_versions, check_data_format, check_properties],
-    *[check_network, check_paper, check_export, check_weights],
-]
+Check = Callable[[Path], list[str]]
+LAWS: list[Check] = [check_json, check_head, check_requires, check_strings, check_shared_ids]
+LAWS += [check_flat_knobs, check_overlays, check_initialize]
+CHECKS: list[Check] = [check_files, *LAWS, check_metadata, check_versions, check_data_format, check_properties]
+CHECKS += [check_network, check_paper, check_export, check_weights]
 
 
-def attempt(check: Callable[[Path], list[str]], bundle: Path) -> list[str]:
+def attempt(check: Check, bundle: Path) -> list[str]:
     """Run a check; one that cannot even run has found a problem."""
     try:
         return check(bundle)
@@ -483,24 +463,24 @@ def attempt(check: Callable[[Path], list[str]], bundle: Path) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line -> exit code."""
     known = sorted(p.parent for p in (REPO / "bundles").glob("*/configs"))
-    cli = argparse.ArgumentParser(prog="verify.py", description="Verify bundles.", epilog="Exit codes: 0 ok, 1 failed, 2 usage.")
-    cli.add_argument("bundles", nargs="*", metavar="NAME_OR_PATH", help="names under bundles/, or folders (default: all)")
+    cli = argparse.ArgumentParser(description="Verify bundles.", epilog="Exit codes: 0 ok, 1 failed, 2 usage.")
+    cli.add_argument("bundles", nargs="*", metavar="NAME_OR_PATH", help="name under bundles/, or folder (default: all)")
     cli.add_argument("--smoke", action="store_true", help="also train, synthesise and evaluate for seconds")
     args = cli.parse_args(argv)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    logging.disable(logging.WARNING)
     bundles = []
     for name in args.bundles or [p.name for p in known]:
         root = next((p for p in (REPO / "bundles" / name, Path(name)) if (p / "configs").is_dir()), None)
         if root is None:
-            cli.error(f"no bundle {name!r}: choose one of {', '.join(p.name for p in known)}, or give a bundle's folder")
+            cli.error(f"no bundle {name!r}: choose one of {', '.join(p.name for p in known)}, or give its folder")
         bundles.append(root.resolve())
     failed = 0
     for bundle in bundles:
         for check in [*CHECKS, *([check_smoke] if args.smoke else [])]:
             problems = attempt(check, bundle)
             failed += bool(problems)
-            verdict = "FAIL" if problems else "ok  "
-            print(f"{verdict} {bundle.name} {check.__name__[6:]}" + ": " * bool(problems) + "; ".join(problems), flush=True)
+            line = f"{bundle.name} {check.__name__.removeprefix('check_')}"
+            print(f"FAIL {line}: {'; '.join(problems)}" if problems else f"ok   {line}", flush=True)
     return int(failed > 0)
 
 

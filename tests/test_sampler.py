@@ -1,0 +1,353 @@
+"""One contract for every sampler on every scheduler, then what layout guidance and inversion add."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.networks.schedulers import DDIMScheduler
+
+from common.conditioning import Condition, CrossAttention, Guided
+from common.sampler import DiffusionSampler, InversionSampler, LayoutGuidedSampler
+from common.schedules import DDIM, DDPM
+from common.solvers import DPMSolverPP
+from common.unet import DiffusionUNet
+
+T, N = 50, 6
+SCHEDULERS = {
+    "MONAI-DDIM": lambda: DDIMScheduler(T, "linear_beta"),
+    "DDPM": lambda: DDPM(T, "cosine_exact"),
+    "DDIM": lambda: DDIM(T, "cosine_exact"),
+    "DDIM-eta": lambda: DDIM(T, "cosine_exact", eta=0.7),
+    "DPM-2": lambda: DPMSolverPP(T, "cosine_exact", thresholding="clamp"),
+    "DPM-3": lambda: DPMSolverPP(T, "cosine_exact", order=3, thresholding="dynamic"),
+    "DPM-3-single": lambda: DPMSolverPP(T, "cosine_exact", order=3, method="singlestep"),
+}
+SAMPLERS = {
+    "plain": DiffusionSampler,
+    "guided": LayoutGuidedSampler,
+    "reference": lambda *a, **k: LayoutGuidedSampler(*a, blend_mode="reference", **k),
+    "inversion": InversionSampler,
+}
+PAIRS = [
+    pytest.param(sampler, scheduler, id=f"{s}-{name}")
+    for s, sampler in SAMPLERS.items()
+    for name, scheduler in SCHEDULERS.items()
+    if s != "inversion" or name.startswith("DPM")
+]
+every = pytest.mark.parametrize(("sampler", "scheduler"), PAIRS)
+every_scheduler = pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
+
+
+class Stub:
+    """Predicts 0.1 x from the image channel and counts its calls."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.times: list[float] = []
+        self.dtype = dtype
+
+    def __call__(self, x, t):
+        assert t.shape == (len(x),)
+        self.times.append(t[0].item())
+        return (0.1 * x[:, :1]).to(self.dtype)
+
+
+def cases(batch: int = 3, layout: int = 2, size: tuple[int, ...] = (6, 5, 4), seed: int = 0) -> torch.Tensor:
+    """Reference in [-1, 1], then one-hot layout channels in {-1, 1}, about half of it background."""
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.rand(batch, 1, *size, generator=generator) * 2 - 1
+    label = (torch.rand(batch, 1, *size, generator=generator) * 2 * layout).long() - layout + 1
+    return torch.cat([image, *[2.0 * (label == k + 1) - 1 for k in range(layout)]], dim=1)
+
+
+def background(inputs: torch.Tensor) -> torch.Tensor:
+    return (inputs[:, 1:] == -1).all(1, keepdim=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The contract
+
+
+@every
+def test_a_case_and_its_seed_fix_the_sample_whatever_the_batch(sampler, scheduler):
+    run, inputs, seeds = sampler(scheduler(), N), cases(), [11, 12, 13]
+    together = run(inputs, Stub(), seeds=seeds)
+    assert together.shape == (3, 1, 6, 5, 4)
+    assert together.dtype == torch.float32
+    assert together.isfinite().all()
+    assert torch.equal(run(inputs.flip(0), Stub(), seeds=seeds[::-1]).flip(0), together)
+    for b in range(3):
+        assert torch.equal(run(inputs[b : b + 1], Stub(), seeds=torch.tensor(seeds[b : b + 1])), together[b : b + 1])
+    assert not torch.equal(run(inputs, Stub(), seeds=[1, 2, 3]), together)
+
+
+@every
+def test_neither_the_global_generator_nor_the_inputs_are_touched(sampler, scheduler):
+    inputs, before = cases(), torch.random.get_rng_state()
+    kept = inputs.clone()
+    sampler(scheduler(), N)(inputs, Stub())
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(inputs, kept)
+
+
+@every
+def test_no_hidden_network_calls(sampler, scheduler):
+    network = Stub()
+    run = sampler(scheduler(), N)
+    run(cases(), network)
+    assert len(network.times) == (2 * N if sampler is InversionSampler else N)
+    assert network.times[-N:] == run.scheduler.timesteps.tolist()
+
+
+@every
+def test_two_dimensions_are_three_with_a_singleton_axis(sampler, scheduler):
+    flat = cases(size=(6, 5))
+    deep = sampler(scheduler(), N)(flat.unsqueeze(-1), Stub(), seeds=[1, 2, 3])
+    assert torch.equal(sampler(scheduler(), N)(flat, Stub(), seeds=[1, 2, 3]), deep.squeeze(-1))
+
+
+@every
+def test_the_state_stays_float32_under_a_bf16_network(sampler, scheduler):
+    states = []
+    run = sampler(scheduler(), N, on_step=lambda i, x: states.append(x))
+    half = run(cases(), Stub(torch.bfloat16))
+    full = sampler(scheduler(), N)(cases(), Stub())
+    assert {x.dtype for x in states} == {torch.float32}
+    torch.testing.assert_close(half, full, atol=0.05, rtol=0.05)
+
+
+@every
+def test_on_step_sees_every_step_in_order(sampler, scheduler):
+    seen = []
+    sample = sampler(scheduler(), N, on_step=lambda i, x: seen.append((i, x.clone())))(cases(), Stub())
+    assert [i for i, _ in seen] == list(range(N))
+    assert torch.equal(seen[-1][1], sample)
+
+
+@pytest.mark.parametrize(("sampler", "channels"), zip(SAMPLERS.values(), (4, 3, 3, 3)), ids=SAMPLERS)
+def test_a_real_network_agrees_closely_between_batches(sampler, channels):
+    torch.manual_seed(0)
+    network = DiffusionUNet(2, channels, 1, channels=(8, 8), attention_levels=(False, True), num_res_blocks=1,
+                            norm_num_groups=4, num_head_channels=8).eval()  # fmt: skip
+    for parameter in network.parameters():
+        parameter.data = 0.1 * torch.randn(parameter.shape)
+    run, inputs = sampler(DPMSolverPP(T, "cosine_exact", thresholding="clamp"), 4), cases(size=(8, 8))
+    together = run(inputs, network, seeds=[1, 2, 3])
+    for b in range(3):
+        alone = run(inputs[b : b + 1], network, seeds=[b + 1])
+        torch.testing.assert_close(alone, together[b : b + 1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_a_run_that_failed_halfway_leaves_no_trace(sampler):
+    run, count = sampler(DPMSolverPP(T, "cosine_exact", order=3), N), []
+    expected = run(cases(), Stub())
+
+    def fails(x, t):
+        count.append(t)
+        if len(count) == 3:
+            raise RuntimeError("out of memory")
+        return 0.1 * x[:, :1]
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(cases(), fails)
+    assert torch.equal(run(cases(), Stub()), expected)
+
+
+def test_without_seeds_the_samplers_seed_counts_up():
+    run = DiffusionSampler(DDIM(T), N, seed=4)
+    assert torch.equal(run(cases(), Stub()), run(cases(), Stub(), seeds=[4, 5, 6]))
+    with pytest.raises(ValueError, match="2 seeds for 3 cases"):
+        run(cases(), Stub(), seeds=[1, 2])
+
+
+def test_a_noise_source_takes_the_place_of_the_seeds():
+    run, like = DiffusionSampler(DDIM(T), N), []
+
+    def zeros(x):
+        like.append(x.shape)
+        return torch.zeros_like(x)
+
+    assert not run(cases(), Stub(), noise=zeros).any()
+    assert like == [(3, 1, 6, 5, 4)]
+
+
+def test_diffusion_in_a_latent_space_decodes_once():
+    calls = []
+
+    def decode(z):
+        calls.append(z)
+        return z.mean(1, keepdim=True).repeat_interleave(2, 2)
+
+    tokens = torch.randn(2, 4, 6)
+    run = DiffusionSampler(
+        DDIM(T), N, channels=3, latent_shape=(4, 5), condition=CrossAttention(), decode=decode
+    )
+    sample = run(tokens, lambda x, t, context: 0.1 * x)
+    assert calls[0].shape == (2, 3, 4, 5)
+    assert len(calls) == 1
+    assert sample.shape == (2, 1, 8, 5)
+
+
+def test_any_adapter_of_the_condition_serves():
+    inputs = cases()
+
+    def network(joined, t):
+        return joined[:, :1] * joined[:, 1:].mean(dim=(1, 2, 3, 4), keepdim=True)
+
+    adapters: list[Condition | None] = [None, Guided(DiffusionSampler(DDIM(T), 1).condition, 1.0)]
+    first, second = (LayoutGuidedSampler(DDIM(T), N, condition=a)(inputs, network) for a in adapters)
+    assert torch.equal(first, second)
+
+
+def test_the_bar_is_quiet_where_nobody_watches(capfd):
+    for verbose in (True, False):
+        InversionSampler(DPMSolverPP(T), 2, verbose=verbose)(cases(), Stub())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_metatensors_go_in_and_plain_tensors_come_out():
+    sample = LayoutGuidedSampler(DDIM(T), N)(MetaTensor(cases()), Stub())
+    assert type(sample) is torch.Tensor
+    assert torch.equal(sample, LayoutGuidedSampler(DDIM(T), N)(cases(), Stub()))
+
+
+def test_no_gradients_are_kept():
+    weight = torch.ones(1, requires_grad=True)
+    assert not DiffusionSampler(DDIM(T), 2)(cases(), lambda x, t: weight * x[:, :1]).requires_grad
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layout guidance
+
+
+@every_scheduler
+@pytest.mark.parametrize("layout", [1, 2, 5])
+def test_corrected_blending_ends_with_the_reference_itself_outside_the_layout(scheduler, layout):
+    inputs = cases(layout=layout)
+    sample = LayoutGuidedSampler(scheduler(), N)(inputs, Stub())
+    outside = background(inputs)
+    assert 0.2 < outside.float().mean() < 0.8
+    assert torch.equal(sample[outside], inputs[:, :1][outside])
+    assert not torch.isclose(sample[~outside], inputs[:, :1][~outside]).any(dim=0).all()
+
+
+@every_scheduler
+def test_every_label_is_free_and_equals_the_unguided_sample_under_an_elementwise_network(scheduler):
+    """The loop mixes no voxels, so only the stream of draws could differ: compare with blending switched off."""
+    inputs = cases()
+    free = LayoutGuidedSampler(scheduler(), N, blend_from=-1)(inputs, Stub(), seeds=[1, 2, 3])
+    blended = LayoutGuidedSampler(scheduler(), N)(inputs, Stub(), seeds=[1, 2, 3])
+    inside = ~background(inputs)
+    if not isinstance(scheduler(), DPMSolverPP) or scheduler().thresholding != "dynamic":
+        assert torch.equal(free[inside], blended[inside])
+    assert not torch.equal(free, blended)
+
+
+def test_the_published_blending_leaves_noise_of_std_0_0139():
+    """Quirk kept under "reference": the background keeps the noise of the first training step, T = 250."""
+    inputs = torch.cat([torch.zeros(1, 1, 32, 32, 32), -torch.ones(1, 2, 32, 32, 32)], dim=1)
+    sampler = LayoutGuidedSampler(DDPM(250, "cosine_exact"), 10, blend_mode="reference")
+    assert sampler(inputs, Stub()).std().item() == pytest.approx(0.0139, abs=0.0003)
+
+
+@pytest.mark.parametrize("mode", ["corrected", "reference"])
+def test_blending_meets_the_level_of_its_mode_after_every_step(mode):
+    inputs, states = torch.cat([torch.zeros(1, 1, 48, 48), -torch.ones(1, 1, 48, 48)], dim=1), []
+    scheduler = DDPM(T, "cosine_exact")
+    LayoutGuidedSampler(scheduler, 10, blend_mode=mode, on_step=lambda i, x: states.append(x.std().item()))(
+        inputs, Stub()
+    )
+    level = (1 - scheduler.alphas_cumprod[scheduler.timesteps]).sqrt().tolist()
+    expected = [*level[1:], 0.0] if mode == "corrected" else level
+    assert states == pytest.approx(expected, rel=0.08)
+
+
+@every_scheduler
+@pytest.mark.parametrize("k", [-1, 0, 20, math.inf])
+def test_blend_from_names_the_steps_that_blend(scheduler, k):
+    """Negative never, k the steps at times k and below, and any k >= 0 the last one."""
+    inputs = torch.cat([torch.full((1, 1, 8, 8), 5.0), -torch.ones(1, 1, 8, 8)], dim=1)
+    blended = []
+
+    class Watched(LayoutGuidedSampler):
+        def after_step(self, x, index, inputs, noise):
+            after = super().after_step(x, index, inputs, noise)
+            blended.append(not torch.equal(after, x))
+            return after
+
+    run = Watched(scheduler(), N, blend_from=k)
+    sample = run(inputs, Stub())
+    times = run.scheduler.timesteps.tolist()
+    assert blended == [t <= k or (i == N - 1 and k >= 0) for i, t in enumerate(times)]
+    assert torch.equal(sample, inputs[:, :1]) == (k >= 0)
+
+
+@every_scheduler
+@pytest.mark.parametrize("mode", ["corrected", "reference"])
+def test_what_the_reference_does_not_know_is_generated(scheduler, mode):
+    inputs = cases()
+    unknown = torch.zeros(3, 1, 6, 5, 4, dtype=torch.bool)
+    unknown[:, :, 3:] = True
+    torn = inputs.clone()
+    torn[:, :1][unknown] = math.nan
+    torn[0, 0, 3, 0, 0] = math.inf
+    run = LayoutGuidedSampler(scheduler(), N, blend_mode=mode)
+    free = LayoutGuidedSampler(scheduler(), N, blend_mode=mode, blend_from=-1)
+    sample = run(torn, Stub())
+    assert sample.isfinite().all()
+    kept = background(inputs) & ~unknown
+    assert torch.equal(sample[kept], run(inputs, Stub())[kept])
+    if not isinstance(run.scheduler, DPMSolverPP) or run.scheduler.thresholding != "dynamic":
+        assert torch.equal(sample[~kept], free(inputs, Stub())[~kept])
+
+
+def test_with_no_reference_at_all_inversion_starts_from_noise():
+    inputs = cases()
+    inputs[:, 0] = math.nan
+    inputs[0, 0, 0] = math.inf
+    inverted = InversionSampler(DPMSolverPP(T), N)(inputs, Stub())
+    free = LayoutGuidedSampler(DPMSolverPP(T), N, blend_from=-1)(inputs, Stub())
+    assert torch.equal(inverted, free)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_inputs_without_a_layout_teach(channels):
+    run = LayoutGuidedSampler(DDIM(T), N, channels=channels)
+    with pytest.raises(ValueError, match=rf"inputs have {channels} channels.*at least one layout channel"):
+        run(torch.zeros(1, channels, 4, 4), Stub())
+    with pytest.raises(ValueError, match="blend_mode must be"):
+        LayoutGuidedSampler(DDIM(T), N, blend_mode="soft")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inversion
+
+
+def test_up_and_down_again_is_the_reference():
+    """On a Gaussian, whose noise prediction is exact, the round trip errs by the solver's discretisation alone."""
+    mu, std = 0.3, 0.4
+    errors = []
+    for steps in (25, 100):
+        solver = DPMSolverPP(250, "cosine_exact", order=2)
+        abar = lambda t, solver=solver: solver.alpha_bar(t).float().view(-1, 1, 1, 1, 1)  # noqa: E731
+
+        def network(joined, t, abar=abar):
+            a, s2 = abar(t).sqrt(), 1 - abar(t)
+            return s2.sqrt() * (joined[:, :1] - a * mu) / (a**2 * std**2 + s2)
+
+        inputs = cases(2)
+        sample = InversionSampler(solver, steps)(inputs, network)
+        outside = background(inputs)
+        errors.append((sample - inputs[:, :1])[outside].abs().max().item())
+        assert ((sample - inputs[:, :1])[~outside].abs() > 0.05).any()  # the inside is new
+    assert errors[0] < 0.1
+    assert errors[1] < errors[0] / 4
+
+
+def test_inversion_may_blend_as_well():
+    inputs = cases()
+    sample = InversionSampler(DPMSolverPP(T), N, blend_from=None)(inputs, Stub())
+    assert torch.equal(sample[background(inputs)], inputs[:, :1][background(inputs)])

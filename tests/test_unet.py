@@ -1,0 +1,180 @@
+"""Laws of the U-Net: MONAI's to the bit where the settings are MONAI's, the references' where they are not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from monai.networks.nets import ControlNet, DiffusionModelUNet
+from torch import nn
+
+from common.unet import DiffusionUNet, timestep_embedding
+
+CHANNELS = {"channels": (8, 16), "attention_levels": (False, True), "num_res_blocks": 1, "norm_num_groups": 4}
+KINDS = {
+    "plain": {},
+    "cross-attention": {"with_conditioning": True, "cross_attention_dim": 6},
+    "classes": {"num_class_embeds": 3},
+    "updown": {"resblock_updown": True},
+    "fused": {"use_flash_attention": True, "num_res_blocks": (2, 1)},
+}
+dims = pytest.mark.parametrize("d", [2, 3], ids=["2-D", "3-D"])
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def shuffled(network: nn.Module) -> nn.Module:
+    """Random weights everywhere: a fresh network has zeros that hide mistakes."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    return network.eval()
+
+
+def make(d: int, kind: str = "plain", cls: type = DiffusionUNet, **settings) -> nn.Module:
+    arguments = {**CHANNELS, "num_head_channels": 8, **KINDS[kind], **settings}
+    return shuffled(cls(d, 1, 1, **arguments))
+
+
+def inputs(d: int, kind: str = "plain") -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    values = {"x": torch.randn(2, 1, *[8] * d), "timesteps": torch.tensor([3, 700])}
+    if kind == "cross-attention":
+        values["context"] = torch.randn(2, 4, 6)
+    if kind == "classes":
+        values["class_labels"] = torch.tensor([0, 2])
+    return values
+
+
+@dims
+@kinds
+def test_it_is_monais_network_where_the_settings_are_monais(d, kind):
+    ours, monais = make(d, kind), make(d, kind, cls=DiffusionModelUNet)
+    assert list(ours.state_dict()) == list(monais.state_dict())
+    monais.load_state_dict(ours.state_dict())
+    assert torch.equal(ours(**inputs(d, kind)), monais(**inputs(d, kind)))
+
+
+@dims
+def test_a_controlnets_residuals_enter_as_in_monai(d):
+    control = shuffled(
+        ControlNet(d, 1, **CHANNELS, num_head_channels=8, conditioning_embedding_in_channels=2,
+                   conditioning_embedding_num_channels=(8,))
+    )  # fmt: skip
+    values = inputs(d)
+    down, mid = control(**values, controlnet_cond=torch.randn(2, 2, *[8] * d))
+    values |= {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+    ours, monais = make(d), make(d, cls=DiffusionModelUNet)
+    assert torch.equal(ours(**values), monais(**values))
+    assert not torch.equal(ours(**values), ours(**inputs(d)))
+    with pytest.raises(ValueError, match="zip"):
+        ours(**{**values, "down_block_additional_residuals": down[:-1]})
+
+
+@dims
+@kinds
+def test_the_halves_make_the_whole(d, kind):
+    network, values = make(d, kind, max_period=1000.0, upsample_mode="linear"), inputs(d, kind)
+    emb = network.embed(values["x"], values["timesteps"], values.get("class_labels"))
+    h, skips = network.encode(values["x"], emb, values.get("context"))
+    kept = [s.clone() for s in skips]
+    assert torch.equal(network.decode(h, skips, emb, values.get("context")), network(**values))
+    assert len(skips) == len(kept)
+    assert all(torch.equal(a, b) for a, b in zip(skips, kept, strict=True))
+
+
+@dims
+def test_one_tensor_is_enough_and_means_time_zero(d):
+    network, x = make(d), inputs(d)["x"]
+    assert torch.equal(network(x), network(x, torch.zeros(2)))
+
+
+def test_one_time_serves_the_whole_batch():
+    network, x = make(2), inputs(2)["x"]
+    for one in (torch.tensor(7), torch.tensor([7])):
+        assert torch.equal(network(x, one), network(x, torch.tensor([7, 7])))
+
+
+@pytest.mark.parametrize("max_period", [10000.0, 1000.0])
+def test_the_embedding_is_cosine_then_sine_and_odd_widths_end_in_zero(max_period):
+    t = torch.tensor([0.0, 2.5, 249.0])
+    even, odd = timestep_embedding(t, 8, max_period), timestep_embedding(t, 9, max_period)
+    rates = max_period ** (-torch.arange(4) / 4)
+    torch.testing.assert_close(even, torch.cat([(t[:, None] * rates).cos(), (t[:, None] * rates).sin()], 1))
+    assert torch.equal(odd, torch.cat([even, torch.zeros(3, 1)], dim=1))
+
+
+def test_an_odd_width_works_end_to_end():
+    network = make(2, channels=(9, 9), norm_num_groups=3, num_head_channels=9)
+    assert network(inputs(2)["x"], torch.tensor([1, 2])).isfinite().all()
+
+
+def test_fractional_times_lie_between_their_neighbours():
+    network, x = make(2), inputs(2)["x"][:1]
+    low, mid, high = (network(x, torch.tensor([t])) for t in (100.0, 100.01, 100.02))
+    assert not torch.equal(low, mid)
+    torch.testing.assert_close(mid, (low + high) / 2, atol=1e-4, rtol=1e-3)
+    assert torch.equal(network(x, torch.tensor([100])), low)
+
+
+@dims
+@kinds
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+def test_gradients_reach_every_parameter(d, kind, mode):
+    network = make(d, kind, upsample_mode=mode).train()
+    network(**inputs(d, kind)).square().sum().backward()
+    silent = [n for n, p in network.named_parameters() if p.grad is None]
+    # The softmax does not see what every key has in common; the rest must move.
+    still = [n for n, p in network.named_parameters() if not n.endswith("to_k.bias") and not p.grad.any()]
+    if kind == "classes":
+        assert not network.class_embedding.weight.grad[1].any()
+    assert silent == []
+    assert still == []
+
+
+@dims
+def test_a_fresh_network_attends_as_the_identity_and_predicts_zero(d):
+    network = DiffusionUNet(d, 1, 1, **CHANNELS, num_head_channels=8)
+    x = torch.randn(2, 16, *[4] * d)
+    assert torch.equal(network.middle_block.attention(x), x)
+    assert not network(**inputs(d)).any()
+    monais = DiffusionUNet(d, 1, 1, **CHANNELS, num_head_channels=8, zero_init_attention=False)
+    assert not torch.equal(monais.middle_block.attention(x), x)
+
+
+def test_a_fresh_cross_attention_is_the_identity_without_dead_projections():
+    network = DiffusionUNet(2, 1, 1, **CHANNELS, num_head_channels=8, **KINDS["cross-attention"])
+    x = torch.randn(2, 16, 4, 4)
+    assert torch.equal(network.middle_block.attention(x, context=torch.randn(2, 4, 6)), x)
+    # Two zero layers in a row would hold each other back: only the outer one is zero.
+    assert all(p.any() for n, p in network.named_parameters() if n.endswith("out_proj.weight"))
+
+
+@dims
+@pytest.mark.parametrize("kind", ["plain", "updown"])
+def test_linear_upsampling_is_torchs(d, kind):
+    network = make(d, kind, upsample_mode="linear")
+    up = network.up_blocks[0].upsampler
+    up = up.upsample if kind == "updown" else up
+    x = torch.randn(1, 16, *[4] * d)
+    expected = nn.functional.interpolate(
+        x, scale_factor=2, mode={2: "bilinear", 3: "trilinear"}[d], align_corners=False
+    )
+    assert torch.equal(up.upsample_non_trainable(x), expected)
+    with pytest.raises(ValueError, match="upsample_mode"):
+        make(d, upsample_mode="cubic")
+
+
+def test_missing_or_surplus_conditions_teach():
+    with pytest.raises(ValueError, match="class_labels are needed"):
+        make(2, "classes")(inputs(2)["x"])
+    with pytest.raises(ValueError, match="with_conditioning"):
+        make(2)(inputs(2)["x"], context=torch.zeros(2, 4, 6))
+
+
+def test_it_can_be_exported_and_traced():
+    network, x = make(2, upsample_mode="linear", max_period=1000.0), inputs(2)["x"]
+    expected = network(x, torch.tensor([3, 700]))
+    program = torch.export.export(network, (x, torch.tensor([3, 700])))
+    torch.testing.assert_close(program.module()(x, torch.tensor([3, 700])), expected)
+    traced = torch.jit.trace(network, (x, torch.tensor([3, 700])))
+    torch.testing.assert_close(traced(x, torch.tensor([3, 700])), expected)
+    torch.testing.assert_close(torch.jit.trace(network, (x,))(x), network(x))
