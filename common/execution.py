@@ -36,7 +36,8 @@ class FastPath(Inferer):
     Args:
         inferer: any inferer called as ``inferer(inputs, network, ...)``: MONAI's for training, ours for synthesis.
         precision: ``"auto"`` (bf16 where native), ``"bf16"`` or ``"float32"``.
-        channels_last: keep convolution weights, and so activations, channels-last.
+        channels_last: keep convolution weights, and so activations, channels-last. A ``DistributedDataParallel``
+            network keeps the layout it was wrapped with: changed later, gradients come out wrong (PyTorch only warns).
         compile: compile the network with ``torch.compile`` (slow first call; pays on long GPU runs).
     """
 
@@ -75,7 +76,8 @@ class FastPath(Inferer):
         """Lay out the weights, compile on request and say once which path is live."""
         if not isinstance(network, nn.Module) or network in self._prepared:
             return
-        if self.channels_last and inputs.ndim in (4, 5):
+        wrapped = isinstance(network, nn.parallel.DistributedDataParallel)
+        if self.channels_last and inputs.ndim in (4, 5) and not wrapped:
             layout = torch.channels_last if inputs.ndim == 4 else torch.channels_last_3d
             network.to(memory_format=layout)  # type: ignore[call-overload]
         if self.compile:

@@ -352,7 +352,8 @@ class CaseSaver:
         if any(made_by[k] != v for k, v in self.origin(case).items()):
             logger.warning(f"{case['name']}: made by another recipe before, made again")
             return False
-        return all((self.output_dir / file).is_file() for file in made_by["outputs"])
+        outputs = {self.output_dir / file: digest for file, digest in made_by["outputs"].items()}
+        return all(path.is_file() and sha256(path) == digest for path, digest in outputs.items())
 
     def origin(self, case: Case) -> dict[str, Any]:
         """All that decides what becomes of a case."""
@@ -372,6 +373,8 @@ class CaseSaver:
         for key in self.outputs:
             if isinstance(data.get(key), torch.Tensor):
                 path = self.path(case["name"], key)
+                if not torch.isfinite(data[key]).all():
+                    raise ValueError(f"{path} would hold NaN or infinite voxels: have the weights diverged?")
                 with atomic_path(path) as temporary:
                     self._write(temporary, data[key], self.dtypes.get(key, "float32"))
                 written[path.name] = sha256(path)
@@ -472,10 +475,10 @@ def check_knobs() -> None:
 
 
 def _same_kind(default: Any, value: Any) -> bool:
-    """Whether a literal may take a literal's place; expressions and open defaults take anything."""
-    if default is None or value is None or (isinstance(value, str) and value[:1] in "$@%"):
+    """Whether a value may take a default's place; expressions, components and open defaults yield to anything."""
+    if default is None or value is None or any(isinstance(v, str) and v[:1] in "$@%" for v in (default, value)):
         return True
-    if isinstance(default, str) and default[:1] in "$@%":
+    if isinstance(default, dict) and "_target_" in default:
         return True
     if isinstance(default, float) and type(value) is int:
         return True

@@ -41,6 +41,12 @@ def unwrapped(network: nn.Module) -> nn.Module:
     return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
 
 
+def save_tensors(content: Mapping[str, Any], path: Path) -> None:
+    """``torch.save``, the bytes a function of the content alone (given a path, it writes the file's name into it)."""
+    with path.open("wb") as file:
+        torch.save(content, file)
+
+
 class EpochSeed:
     """Handler that seeds every random source at the start of an epoch from (seed, epoch, rank).
 
@@ -141,6 +147,9 @@ class TrainingState:
 
     def load(self, engine: Engine) -> None:
         """Restore the newest whole checkpoint, if there is one."""
+        # What a killed run was writing can be as large as a checkpoint.
+        for leftover in self.path.parent.glob(".tmp-*.pt") if rank() == 0 else ():
+            leftover.unlink(missing_ok=True)
         source, state = self.newest() if self.resume else (self.path, None)
         if state is None:
             return
@@ -188,10 +197,11 @@ class TrainingState:
         # The model first: a run that dies before its last checkpoint makes both again.
         weights = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
         with atomic_path(self.path.with_name("model.pt")) as temporary:
-            torch.save(weights, temporary)
+            save_tensors(weights, temporary)
         objects = {n: unwrapped(o) if isinstance(o, nn.Module) else o for n, o in self.objects.items()}
         with atomic_path(self.path) as temporary:
-            torch.save({**{n: o.state_dict() for n, o in objects.items()}, "epoch": epoch, "epochs": epochs}, temporary)
+            states = {n: o.state_dict() for n, o in objects.items()}
+            save_tensors({**states, "epoch": epoch, "epochs": epochs}, temporary)
             if self.path.is_file() and self.path not in self.damaged:
                 os.replace(self.path, self.previous)
         self.damaged.clear()

@@ -1,7 +1,7 @@
 """Dictionary transforms MONAI lacks: checked layouts, conditions from layouts, moved nodules, patches pasted back.
 
-All follow MONAI's conventions (keys, channel-first ``MetaTensor``); what is random at inference draws from the case's own
-``seed``.
+All follow MONAI's conventions (keys, channel-first ``MetaTensor``); what is random at inference draws from the case's
+own ``seed``.
 """
 
 from __future__ import annotations

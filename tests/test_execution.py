@@ -69,7 +69,8 @@ def test_training_and_synthesis_keep_the_numbers_too(d):
     sampler = LayoutGuidedSampler(DPMSolverPP(50, "cosine_exact", thresholding="clamp"), 5)
     inputs = torch.cat([prepared, batch["condition"]], dim=1)
     expected = sampler(inputs, small(d, 2))
-    assert off(FastPath(sampler, "bf16")(inputs, small(d, 2)), expected) < 3e-2
+    # Five calls and a solver stand between a rounding and the sample; random weights forgive nothing.
+    assert off(FastPath(sampler, "bf16")(inputs, small(d, 2)), expected) < 0.1
     assert off(FastPath(sampler, "float32")(inputs, small(d, 2)), expected) < 1e-5
 
 
@@ -153,10 +154,12 @@ def test_plain_callables_and_other_results_pass_through():
         FastPath(SimpleInferer(), "fp16")
 
 
-def test_a_distributed_network_runs_and_trains(tmp_path):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_a_distributed_network_gets_the_gradients_of_a_plain_one(tmp_path, layout):
+    """PyTorch warns of strides that changed after wrapping, then returns wrong gradients: we leave them alone."""
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
-        network, plain = nn.parallel.DistributedDataParallel(small(3)), small(3)
+        network, plain = nn.parallel.DistributedDataParallel(small(3).to(memory_format=layout)), small(3)
         fast = FastPath(SimpleInferer(), "float32")
         for candidate in (network, plain):
             fast(image(3), candidate).square().mean().backward()

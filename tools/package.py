@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
-SKIPPED = {"__pycache__", "output", "data", "eval", "mlruns"}
+SKIPPED = {"output", "data", "eval", "mlruns"}
 REQUIRED = ["LICENSE", "docs/data_license.txt", "configs/metadata.json", "models/model.pt"]
 
 
@@ -35,7 +35,8 @@ def members(bundle: Path, common: Path) -> dict[str, bytes]:
     for root, prefix in ((bundle, ""), (common, "scripts/common/")):
         for path in root.rglob("*"):
             name = path.relative_to(root)
-            if any(part in SKIPPED or part.startswith(".") for part in name.parts) or ".previous." in name.name:
+            hidden = any(part.startswith(".") or part == "__pycache__" for part in name.parts)
+            if hidden or name.parts[0] in SKIPPED or ".previous." in name.name:
                 continue
             if path.is_symlink():
                 raise PackageError(f"{path} is a symbolic link, which unzipping does not restore: put the file there")
@@ -110,7 +111,7 @@ def package(bundle: Path, output: Path, *, weights: Path | None = None, preset: 
         raise PackageError(f"lacks {', '.join(missing)}")
     target = output / f"{bundle.name}_v{_content(files, 'configs/metadata.json')['version']}.zip"
     output.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
+    temporary = target.with_name(f".tmp-{os.getpid()}")
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name in sorted(files):
             entry = zipfile.ZipInfo(f"{bundle.name}/{name}", date_time=(2020, 1, 1, 0, 0, 0))

@@ -90,7 +90,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def configs(bundle: Path) -> tuple[dict[str, dict], dict[str, dict]]:
-    """Read all configs -> (bases, overlays); a base is complete alone: `train`, `inference`, or with a `bundle_root`."""
+    """Read all configs -> (bases, overlays); a base is complete alone: `train`, `inference`, any with a head."""
     found = {p.stem: read(p) for p in sorted((bundle / "configs").glob("*.json")) if p.stem not in DATA}
     bases = {name: c for name, c in found.items() if name in ("train", "inference") or "bundle_root" in c}
     return bases, {name: c for name, c in found.items() if name not in bases}
@@ -123,6 +123,11 @@ def build(parsed: ConfigParser, device: str = "meta") -> torch.nn.Module:
     """Build `network_def`; on ``"meta"`` it has shapes and no memory."""
     with torch.device(device):
         return parsed.get_parsed_content("network_def").eval()
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -394,7 +399,7 @@ def check_weights(bundle: Path) -> list[str]:
         card = path.with_suffix(".json")
         if not card.is_file():
             problems.append(f"{path.name} has no provenance card {card.name}")
-        elif read(card).get("weights_sha256") != hashlib.sha256(path.read_bytes()).hexdigest():
+        elif read(card).get("weights_sha256") != sha256(path):
             problems.append(f"weights_sha256 in {card.name} is not that of {path.name}")
     return problems or ([] if found else ["no weights in models/"])
 
@@ -445,8 +450,9 @@ def check_smoke(bundle: Path) -> list[str]:
 Check = Callable[[Path], list[str]]
 LAWS: list[Check] = [check_json, check_head, check_requires, check_strings, check_shared_ids]
 LAWS += [check_flat_knobs, check_overlays, check_initialize]
-CHECKS: list[Check] = [check_files, *LAWS, check_metadata, check_versions, check_data_format, check_properties]
-CHECKS += [check_network, check_paper, check_export, check_weights]
+STATIC = [check_metadata, check_versions, check_data_format, check_paper]
+RELEASE = [check_files, check_properties, check_network, check_export, check_weights]
+CHECKS: list[Check] = [*LAWS, *STATIC, *RELEASE]
 
 
 def attempt(check: Check, bundle: Path) -> list[str]:
