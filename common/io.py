@@ -287,7 +287,10 @@ class CaseSaver:
         weights: file whose hash the side-car records.
     """
 
+    # What does not shape a sample: places, how many, what is done with it afterwards, and what ``--tracking`` adds.
     PLACES = ("bundle_root", "dataset_dir", "phantoms", "cases", "weights", "output_dir", "num_samples", "batch_size")
+    AFTERWARDS = ("_desc_", "run", "real", "real_dir", "extractor", "evaluation", "handlers")
+    TRACKING = ("tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0")
 
     def __init__(
         self,
@@ -329,7 +332,7 @@ class CaseSaver:
 
     def fingerprint(self) -> str:
         """Hash of all that shapes a sample besides the case itself: the config without its places, and the weights."""
-        recipe = {k: v for k, v in self.config().items() if k not in self.PLACES}
+        recipe = {k: v for k, v in self.config().items() if k not in (*self.PLACES, *self.AFTERWARDS, *self.TRACKING)}
         return hashlib.sha256(json.dumps([recipe, self.weights_sha256()], sort_keys=True).encode()).hexdigest()
 
     def run_file(self) -> Path:
