@@ -20,6 +20,8 @@ import numpy as np
 from scipy import ndimage
 from scipy.interpolate import PchipInterpolator
 
+from .io import atomic_path, write_json
+
 logger = logging.getLogger(__name__)
 
 LABELS = {"lung": 1, "nodule": 2}  # 0 is background
@@ -471,13 +473,6 @@ def thorax(seed: int, shape: Sequence[int] = (64, 64, 64), *, num_nodules: int |
     return Phantom(np.clip(np.rint(image), -1024, 3071).astype(np.int16), layout, affine, nodules)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole, or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_bytes(data)
-    os.replace(partial, path)
-
-
 def write_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray, note: str) -> None:
     """Write voxels and their world matrix (as qform and sform) to a ``.nii.gz``, the same bytes every time."""
     file = nib.Nifti1Image(voxels, affine)
@@ -485,7 +480,8 @@ def write_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray, note: str) -
     file.set_sform(affine, code=1)
     file.header.set_xyzt_units("mm")
     file.header["descrip"] = note.encode()
-    write_atomically(path, gzip.compress(file.to_bytes(), compresslevel=5, mtime=0))
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(gzip.compress(file.to_bytes(), compresslevel=5, mtime=0))
 
 
 def check_cohort(root: Path, settings: dict, note: str) -> int:
@@ -544,5 +540,5 @@ def thorax_cohort(
         write_nifti(pairs[i][0], case.image, case.affine, note)
         write_nifti(pairs[i][1], case.layout, case.affine, note)
     if num_cases > made:
-        write_atomically(root / "phantoms.json", json.dumps({**settings, "num_cases": num_cases}, indent=4).encode())
+        write_json(root / "phantoms.json", {**settings, "num_cases": num_cases})
     return str(directory)

@@ -1,13 +1,14 @@
 """Pictures: slices of volumes as a radiologist looks at them, laid out in a montage or a GIF.
 
-Volumes are RAS (X to the patient's right, Y to the front, Z up). Axial and coronal slices show the patient's right on the
-left, sagittal slices the front on the left, as on a light box.
+Volumes are RAS (X to the patient's right, Y to the front, Z up). Axial and coronal slices show the patient's right on
+the left, sagittal slices the front on the left, as on a light box.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -39,7 +40,6 @@ def plane(
         spacing: voxel size in mm.
         height: of the picture in pixels, for the longest axis of the volume.
     """
-    rows, columns = [a for a in (2, 1, 0) if a != axis]
     gray = (np.take(volume, index, axis).astype(np.float32) - window[0]) / (window[1] - window[0])
     colour = np.repeat(np.clip(gray, 0, 1)[..., None] * 255, 3, axis=-1)
     if layout is not None:
@@ -47,11 +47,16 @@ def plane(
         for label in range(1, int(layout.max()) + 1):
             tint = np.array(COLOURS[(label - 1) % len(COLOURS)])
             colour[labels == label] = 0.65 * colour[labels == label] + 0.35 * tint
-    # First axis to columns, running right to left; second to rows, running upwards.
+    # First axis to columns, running right to left (front to back); second to rows, running upwards.
     picture = Image.fromarray(colour.astype(np.uint8)[::-1].transpose(1, 0, 2)[::-1])
     scale = height / max(n * s for n, s in zip(volume.shape, spacing, strict=True))
-    extent = [max(1, round(volume.shape[a] * spacing[a] * scale)) for a in (columns, rows)]
-    return picture.resize((extent[0], extent[1]), Image.Resampling.BICUBIC)
+    columns, rows = (max(1, round(volume.shape[a] * spacing[a] * scale)) for a in range(3) if a != axis)
+    return picture.resize((columns, rows), Image.Resampling.BICUBIC)
+
+
+def planes(volume: np.ndarray, at: Sequence[int], **options: Any) -> list[Image.Image]:
+    """Axial, coronal and sagittal slice through a voxel; options are those of `plane`."""
+    return [plane(volume, axis, at[axis], **options) for axis in (2, 1, 0)]
 
 
 def centre_of(layout: np.ndarray) -> tuple[int, int, int]:
@@ -63,20 +68,18 @@ def centre_of(layout: np.ndarray) -> tuple[int, int, int]:
 
 
 def montage(rows: Sequence[Sequence[Image.Image]], captions: Sequence[str] = ()) -> Image.Image:
-    """Pictures in rows, each row with a caption on its left edge."""
+    """Pictures in rows, each row with a caption in its corner."""
     heights = [max(picture.height for picture in row) for row in rows]
     sheet = Image.new("RGB", (max(sum(p.width for p in row) for row in rows), sum(heights)))
     draw = ImageDraw.Draw(sheet)
     top = 0
-    for row, height in zip(rows, heights, strict=True):
+    for i, (row, height) in enumerate(zip(rows, heights, strict=True)):
         left = 0
         for picture in row:
             sheet.paste(picture, (left, top))
             left += picture.width
-        top += height
-    top = 0
-    for caption, height in zip(captions, heights):
-        draw.text((5, top + 3), caption, fill=(255, 255, 255), stroke_width=1, stroke_fill=(0, 0, 0))
+        if i < len(captions):
+            draw.text((5, top + 3), captions[i], fill=(255, 255, 255), stroke_width=1, stroke_fill=(0, 0, 0))
         top += height
     return sheet
 

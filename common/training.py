@@ -22,11 +22,11 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data.utils import set_rnd
 from monai.inferers import Inferer
-from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 from .io import atomic_path
+from .pictures import centre_of, montage, planes, save_png
 
 logger = logging.getLogger(__name__)
 
@@ -255,7 +255,7 @@ class Progress:
 
 
 class Preview:
-    """Handler that synthesises one fixed case with the current EMA weights and saves its middle slices as a picture.
+    """Handler that synthesises one fixed case with the current EMA weights and saves a picture of it.
 
     Args:
         sampler: the sampler inference uses.
@@ -288,31 +288,16 @@ class Preview:
         if rank() > 0:
             return
         device = next(self.network.parameters()).device
-        real, condition = (torch.as_tensor(self.case[k])[None].to(device) for k in ("image", "condition"))
+        real, condition = (torch.as_tensor(self.case[k]) for k in ("image", "condition"))
         # The draws of the preview must not shift the draws of the training.
         with torch.random.fork_rng(devices=[]):
-            synthetic = self.sampler(torch.cat([real, condition], dim=1), self.network, seeds=[0])
-        with atomic_path(self.folder / f"epoch_{engine.state.epoch:04d}.png") as temporary:
-            montage([real[0, 0], synthetic[0, 0], condition[0].amax(dim=0)]).save(temporary, format="png")
+            inputs = torch.cat([real, condition])[None].to(device)
+            synthetic = self.sampler(inputs, self.network, seeds=[0])[0].cpu()
 
-
-def montage(images: list[torch.Tensor], low: float = -1.0, high: float = 1.0, zoom: int = 3) -> Image.Image:
-    """Middle slices of images side by side: one row for each image, one column for each axis.
-
-    Args:
-        images: tensors (X, Y) or (X, Y, Z), RAS: the last axis points up in the picture.
-        low: value shown black.
-        high: value shown white.
-        zoom: enlargement.
-    """
-    rows = []
-    for image in images:
-        image = image.detach().float().cpu()
-        planes = [image] if image.ndim == 2 else [image.select(a, image.shape[a] // 2) for a in (2, 1, 0)]
-        rows.append([((p - low) / (high - low)).clamp(0, 1).mul(255).byte().T.flip(0).numpy() for p in planes])
-    height, width = max(p.shape[0] for r in rows for p in r), max(p.shape[1] for r in rows for p in r)
-    sheet = np.zeros((height * len(rows), width * max(len(r) for r in rows)), dtype=np.uint8)
-    for i, row in enumerate(rows):
-        for j, plane in enumerate(row):
-            sheet[i * height : i * height + plane.shape[0], j * width : j * width + plane.shape[1]] = plane
-    return Image.fromarray(sheet).resize((sheet.shape[1] * zoom, sheet.shape[0] * zoom), Image.Resampling.BICUBIC)
+        labels = torch.arange(1, 1 + len(condition)).view(-1, *[1] * (condition.ndim - 1))
+        layout = ((condition > 0) * labels).amax(dim=0).numpy()
+        at = centre_of(layout)
+        rows = [planes(image[0].numpy(), at, window=(-1.0, 1.0)) for image in (real, synthetic)]
+        rows.append(planes(real[0].numpy(), at, window=(-1.0, 1.0), layout=layout))
+        sheet = montage(rows, ["real", "synthetic", "layout"])
+        save_png(sheet, self.folder / f"epoch_{engine.state.epoch:04d}.png")

@@ -182,9 +182,7 @@ def test_diffusion_in_a_latent_space_decodes_once():
         return z.mean(1, keepdim=True).repeat_interleave(2, 2)
 
     tokens = torch.randn(2, 4, 6)
-    run = DiffusionSampler(
-        DDIM(T), N, channels=3, latent_shape=(4, 5), condition=CrossAttention(), decode=decode
-    )
+    run = DiffusionSampler(DDIM(T), N, channels=3, latent_shape=(4, 5), condition=CrossAttention(), decode=decode)
     sample = run(tokens, lambda x, t, context: 0.1 * x)
     assert calls[0].shape == (2, 3, 4, 5)
     assert len(calls) == 1

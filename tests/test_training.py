@@ -20,7 +20,7 @@ from monai.data import CacheDataset, DataLoader
 from monai.transforms import Compose, RandGaussianNoised
 from torch import nn
 
-from common.training import EpochSeed, Preview, Progress, TrainingState, WeightEMA, montage
+from common.training import EpochSeed, Preview, Progress, TrainingState, WeightEMA
 from common.unet import DiffusionUNet
 
 
@@ -326,23 +326,6 @@ def test_progress_counts_all_steps_and_closes_on_failure(capfd):
     with pytest.raises(RuntimeError, match="boom"):
         trainer.run(range(3))
     assert progress.bar.disable  # closed
-
-
-def test_a_montage_shows_superior_up_and_one_plane_per_axis():
-    image = torch.full((4, 6, 8), -1.0)
-    image[:, :, -1] = 1.0  # the top slice in RAS
-    sheet = np.asarray(montage([image, image], zoom=1))
-    assert sheet.shape == (2 * 8, 3 * 6)
-    assert (sheet[:8, :6] == 0).all()  # axial, the middle slice
-    assert (sheet[0, 6:10] == 255).all()  # coronal (X, Z): superior is the first row
-    assert (sheet[1:8, 6:10] == 0).all()
-    assert (sheet[0, 12:18] == 255).all()  # sagittal (Y, Z)
-    front = torch.full((4, 6, 8), -1.0)
-    front[:, -1] = 1.0
-    assert (np.asarray(montage([front], zoom=1))[0, :4] == 255).all()  # axial: anterior is the first row
-    flat = torch.tensor([[-1.0, 0.0], [1.0, 3.0]])
-    assert np.asarray(montage([flat], zoom=1)).tolist() == [[127, 255], [0, 255]]
-    assert montage([image]).size == (3 * 18, 3 * 8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 from common.io import list_cases, list_synthetic  # noqa: E402
-from common.pictures import centre_of, montage, plane, save_gif, save_png  # noqa: E402
+from common.pictures import centre_of, montage, plane, planes, save_gif, save_png  # noqa: E402
 
 
 def demo_bundles() -> list[str]:
@@ -39,7 +39,11 @@ def synthesise(name: str, output: Path, samples: int) -> list[dict]:
     """Run the bundle on its example, every sample with a nodule of its own."""
     config = REPO / "bundles" / name / "configs" / "inference.json"
     knobs = json.loads((REPO / "bundles" / name / "docs" / "example" / "demo.json").read_text())
-    knobs |= {"dataset_dir": str(config.parents[1] / "docs" / "example"), "output_dir": str(output), "num_samples": samples}
+    knobs |= {
+        "dataset_dir": str(config.parents[1] / "docs" / "example"),
+        "output_dir": str(output),
+        "num_samples": samples,
+    }
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(config)]
     command += [part for key, value in knobs.items() for part in (f"--{key}", str(value))]
     print(" ".join(command), flush=True)
@@ -56,9 +60,9 @@ def picture(name: str, output: Path, cases: list[dict]) -> list[Path]:
     rows, captions = [], []
     for volume, layout in volumes:
         at = centre_of(layout)
-        axial = {"axis": 2, "index": at[2], "spacing": spacing}
-        planes = [plane(original, **axial), plane(volume, **axial, layout=layout), plane(volume, **axial)]  # type: ignore[arg-type]
-        rows.append(planes + [plane(volume, axis, at[axis], spacing=spacing) for axis in (1, 0)])
+        real = plane(original, 2, at[2], spacing=spacing)
+        drawn = plane(volume, 2, at[2], spacing=spacing, layout=layout)
+        rows.append([real, drawn, *planes(volume, at, spacing=spacing)])
         captions.append("real | layout | synthetic: axial, coronal, sagittal")
     save_png(montage(rows, captions), output / "montage.png")
 
@@ -75,7 +79,7 @@ def picture(name: str, output: Path, cases: list[dict]) -> list[Path]:
 def main() -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundles", nargs="*", metavar="NAME", help=f"which to show; default: {', '.join(demo_bundles())}")
+    parser.add_argument("bundles", nargs="*", metavar="NAME", help=f"default: {', '.join(demo_bundles())}")
     parser.add_argument("--output", type=Path, default=REPO / "demo", help="where results go (default: demo/)")
     parser.add_argument("--samples", type=int, default=3, help="synthetic cases for each example (default: 3)")
     arguments = parser.parse_args()
