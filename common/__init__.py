@@ -2,13 +2,15 @@
 
 In configs it is called ``scripts.common.<room>``. Rooms along the path of the data:
 
-- `io`: case lists, a stream of cases, atomic writing, side-cars
+- `io`: case lists, atomic writing
+- `cases`: a stream of cases that survives bad ones, a saver that leaves a side-car with each
 - `phantoms`: procedural bodies, every bundle's default cohort
 - `transforms`: dictionary transforms MONAI lacks
 - `conditioning`: how a condition reaches the network
 - `unet`: the one diffusion U-Net
 - `schedules`, `solvers`: noise schedules and reverse steps
 - `sampler`: the one reverse loop
+- `workflow`: the running MONAI workflow seen from inside; refuses unknown knobs
 - `execution`: precision, memory format, attention, compilation
 - `training`: EMA, exact resume, progress, previews
 - `checkpoints`: other people's weights into our networks

@@ -21,8 +21,8 @@ COMMON = sorted((REPO / "common").glob("*.py"))
 SOURCES = [*COMMON, *sorted((REPO / "tools").glob("*.py")), *sorted((REPO / "bundles").glob("*/scripts/*.py"))]
 
 LEAVES = {"schedules", "solvers", "semantics", "transforms", "totalsegmentator", "text", "io", "checkpoints"}
-LEAVES |= {"metrics", "phantoms", "execution", "pictures"}
-ROOMS = {"unet", "sampler", "conditioning", "siamese", "categorical", "training", "evaluation"}
+LEAVES |= {"metrics", "phantoms", "execution", "pictures", "workflow"}
+ROOMS = {"unet", "sampler", "conditioning", "siamese", "categorical", "training", "evaluation", "cases"}
 FOR_ALL = {"io", "schedules"}
 
 

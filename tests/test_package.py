@@ -239,7 +239,7 @@ MUTANTS: dict[str, tuple[verify.Check, Callable[[Path], Any], str]] = {
         change(INFER, "set_determinism(@seed)", "set_determinism(1)"),
         "lacks set_determinism",
     ),
-    "no knob check": (verify.check_initialize, change(INFER, "io.check_knobs", "io.list_cases"), "check_knobs"),
+    "no knob check": (verify.check_initialize, change(INFER, "workflow.check_knobs", "io.list_cases"), "check_knobs"),
     "no task": (verify.check_metadata, change(META, '"task"', '"tasks"'), "'task' is a required property"),
     "null range": (
         verify.check_metadata,

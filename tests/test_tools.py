@@ -8,9 +8,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import run_command
 from PIL import Image
-
-from tests.conftest import run_command
 
 TOOLS = ("verify", "package", "import_weights", "demo", "benchmark")
 

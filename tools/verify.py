@@ -306,8 +306,8 @@ def check_initialize(bundle: Path) -> list[str]:
             problems.append(f"{name}.json: initialize does not start with $@use_bundle")
         if "$monai.utils.set_determinism(@seed)" not in seeding:
             problems.append(f"{name}.json: initialize lacks set_determinism(@seed) after it")
-        if not any(isinstance(i, dict) and i.get("_target_") == "scripts.common.io.check_knobs" for i in items):
-            problems.append(f"{name}.json: initialize lacks scripts.common.io.check_knobs: misspelt knobs would pass")
+        if not any(isinstance(i, dict) and i.get("_target_") == "scripts.common.workflow.check_knobs" for i in items):
+            problems.append(f"{name}.json: initialize lacks workflow.check_knobs: misspelt knobs would pass")
     return problems
 
 
