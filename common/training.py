@@ -114,8 +114,8 @@ class TrainingState:
     """Handler that saves everything a run needs to go on, and picks it up at the start.
 
     ``checkpoint.pt`` (network, EMA, optimiser, ..., epoch) is written after every ``interval`` epochs, the previous one
-    kept as ``checkpoint.previous.pt``; ``model.pt`` holds the EMA weights alone, ready for inference, ``model.json`` where
-    they come from.
+    kept as ``checkpoint.previous.pt``. ``model.pt`` holds the EMA weights alone, ready for inference, ``model.json``
+    says where they come from.
 
     Args:
         folder: where both lie.

@@ -120,7 +120,7 @@ def test_a_broken_run_goes_on_as_if_unbroken(tmp_path):
 
 def test_the_previous_checkpoint_is_kept_and_nothing_else(tmp_path):
     train(*state(tmp_path), epochs=3)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.previous.pt", "checkpoint.pt", "model.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.previous.pt", "checkpoint.pt", "model.json", "model.pt"]
     epochs = [torch.load(tmp_path / f, weights_only=True)["epoch"] for f in ("checkpoint.previous.pt", "checkpoint.pt")]
     assert epochs == [2, 3]
     model = torch.load(tmp_path / "model.pt", weights_only=True)
@@ -190,7 +190,7 @@ def test_the_damaged_checkpoint_never_takes_the_place_of_the_good_one(tmp_path):
 def test_what_a_killed_run_was_writing_is_cleared_away(tmp_path):
     (tmp_path / ".tmp-123-checkpoint.pt").write_bytes(b"half")
     train(*state(tmp_path), epochs=1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "model.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "model.json", "model.pt"]
 
 
 def test_nothing_readable_teaches(tmp_path):
