@@ -120,7 +120,8 @@ def test_a_broken_run_goes_on_as_if_unbroken(tmp_path):
 
 def test_the_previous_checkpoint_is_kept_and_nothing_else(tmp_path):
     train(*state(tmp_path), epochs=3)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.previous.pt", "checkpoint.pt", "model.json", "model.pt"]
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == ["checkpoint.previous.pt", "checkpoint.pt", "model.json", "model.pt"]
     epochs = [torch.load(tmp_path / f, weights_only=True)["epoch"] for f in ("checkpoint.previous.pt", "checkpoint.pt")]
     assert epochs == [2, 3]
     model = torch.load(tmp_path / "model.pt", weights_only=True)
