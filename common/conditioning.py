@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from monai.engines.utils import DiffusionPrepareBatch
+from monai.networks.schedulers import Scheduler
 from monai.utils import convert_to_tensor
 
 Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -97,6 +98,7 @@ class ConditionPrepareBatch(DiffusionPrepareBatch):
     Args:
         num_train_timesteps: times are uniform on {0 .. num_train_timesteps - 1}.
         condition_name: key of the condition in the batch, or None.
+        scheduler: its ``prediction_type`` (noise, image or velocity) is the target; None means noise.
         drop: probability that a case's condition is replaced by ``null``.
         null: value that stands for "no condition".
         mode: how ``DiffusionInferer`` joins the condition, ``"concat"`` or ``"crossattn"``.
@@ -109,6 +111,7 @@ class ConditionPrepareBatch(DiffusionPrepareBatch):
         num_train_timesteps: int,
         condition_name: str | None = "condition",
         *,
+        scheduler: Scheduler | None = None,
         drop: float = 0.0,
         null: float = 0.0,
         mode: str = "concat",
@@ -119,6 +122,7 @@ class ConditionPrepareBatch(DiffusionPrepareBatch):
             raise ValueError(f"mode must be 'concat' or 'crossattn', got {mode!r}")
         if not 0 <= drop <= 1:
             raise ValueError(f"drop is a probability, got {drop}")
+        self.scheduler = scheduler
         self.drop = drop
         self.null = null
         self.mode = mode
@@ -131,7 +135,7 @@ class ConditionPrepareBatch(DiffusionPrepareBatch):
         non_blocking: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, tuple, dict]:
-        """Return image, target noise, (), {noise, timesteps, condition, mode}."""
+        """Return image, target, (), {noise, timesteps, condition, mode}."""
         # MetaTensors carry history that no training step needs: plain tensors are faster.
         plain = {k: convert_to_tensor(v) for k, v in batchdata.items() if isinstance(v, torch.Tensor)}
         cuda = [d for d in [torch.device(device or "cpu")] if d.type == "cuda"]
@@ -142,6 +146,13 @@ class ConditionPrepareBatch(DiffusionPrepareBatch):
             if "condition" in infer:
                 infer |= {"condition": self.dropped(infer["condition"]), "mode": self.mode}
         return image, target, args, infer
+
+    def get_target(self, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """What the network is to predict."""
+        kind = getattr(self.scheduler, "prediction_type", "epsilon")
+        if self.scheduler is None or kind == "epsilon":
+            return noise
+        return images if kind == "sample" else self.scheduler.get_velocity(images, noise, timesteps)
 
     def dropped(self, condition: torch.Tensor) -> torch.Tensor:
         """Replace the condition of some cases by the null condition."""

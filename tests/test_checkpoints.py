@@ -261,7 +261,9 @@ def test_round_trip_is_exact_and_knobs_are_read_off(in_channels, res_blocks):
         "norm_num_groups": 2,
         "condition_labels": [2] if in_channels == 2 else [1, 2],
         "num_train_timesteps": 250,
-        "image_size": [64] * 3 if in_channels == 2 else [128] * 3,
+        "prediction_type": "epsilon",
+        "image_size": [128, 128, 128],
+        "patch_size": [64, 64, 64],
     }
 
 

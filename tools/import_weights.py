@@ -72,6 +72,7 @@ def import_checkpoint(
     content = read_weights(path)
     state, name = select(content, rules)
     knobs = read_knobs(state, rules, knobs)
+    overlays = read_knobs(state, {**rules, "knobs": {"overlays": rules.get("overlays", [])}})["overlays"]
     network = _build(parser, knobs)
     network.load_state_dict(translate(state, rules, network.state_dict()))
     dropped = dropped_keys(state, rules)
@@ -83,6 +84,7 @@ def import_checkpoint(
         "licence": rules.get("licence", "not stated"),
         "training_data": rules.get("training_data", "not stated"),
         "knobs": knobs,
+        "overlays": [f"configs/{preset}.json"] * (preset is not None) + overlays,
         "keys": {
             "in_file": len(state),
             "used": len(state) - sum(map(len, dropped.values())),
@@ -157,11 +159,9 @@ def write(network: torch.nn.Module, card: dict[str, Any], output: Path) -> None:
 
 def _command(root: Path, output: Path, overlays: Sequence[str]) -> str:
     """Say how to use what was written, from the bundle's folder."""
-    inside = output == root / "models"
-    files = ["configs/inference.json", *overlays, "models/imported.json" if inside else str(output / "imported.json")]
-    weights = "" if inside else f" --weights {output / 'model.pt'}"
+    files = ["configs/inference.json", *overlays, output / "imported.json"]
     listed = ",".join(f"'{file}'" for file in files)
-    return f'cd {root} && python -m monai.bundle run --config_file "[{listed}]"{weights}'
+    return f'cd {root} && python -m monai.bundle run --config_file "[{listed}]" --weights {output / "model.pt"}'
 
 
 def _arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -215,8 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dropped = sum(entry["count"] for entry in keys["dropped"].values())
     print(f"{args.checkpoint} ({card['part']}): {keys['used']} keys used, {dropped} dropped, {keys['filled']} filled")
     print(f"{output / 'model.pt'}: {card['parameters']} parameters; trained on: {card['training_data']}")
-    overlays = [f"configs/{args.preset}.json"] if args.preset else []
-    print("Now run:  " + _command(root, output, overlays + _rules(root, args.layout).get("overlays", [])))
+    print("Now run:  " + _command(root, output, card["overlays"]))
     return 0
 
 
