@@ -7,6 +7,8 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/python tools/demo.py
 
+# Two workers: most of the time goes into processes that start up.
+PYTEST_ARGS ?= -n 2
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
