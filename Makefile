@@ -8,7 +8,7 @@ demo: .venv/.installed
 	$(BIN)/python tools/demo.py
 
 # Two workers: most of the time goes into processes that start up.
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadfile
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 

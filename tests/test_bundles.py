@@ -176,10 +176,11 @@ def test_stages(smoke: Smoke, run_bundle: Runner, tmp_path: Path) -> None:
         folder = tmp_path / stage
         done = run_bundle(smoke.name, "train", f"train_{stage}", "smoke", output_dir=folder)
         assert done.returncode == 0, done.stdout
-        places = {"output_dir": folder / "synthetic", "weights": folder / "model.pt"}
-        done = run_bundle(smoke.name, "inference", f"inference_{stage}", "smoke", **places)
-        assert done.returncode == 0, done.stdout
-        assert verify.check_synthesis(folder / "synthetic") == []
+        for legacy in [[], *([name] for name in smoke.overlays(f"legacy_{stage}"))]:
+            places = {"output_dir": folder / "_".join(["synthetic", *legacy]), "weights": folder / "model.pt"}
+            done = run_bundle(smoke.name, "inference", f"inference_{stage}", *legacy, "smoke", **places)
+            assert done.returncode == 0, done.stdout
+            assert verify.check_synthesis(places["output_dir"]) == []
 
 
 def test_legacy_overlay(smoke: Smoke, run_bundle: Runner, tmp_path: Path) -> None:

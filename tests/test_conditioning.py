@@ -177,3 +177,14 @@ def test_a_seed_leaves_the_gpus_generator_alone():
     before = torch.cuda.get_rng_state()
     ConditionPrepareBatch(10, seed=3)(batch(), device="cuda")
     assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_the_target_is_what_the_scheduler_turns_back_into_the_image(kind):
+    scheduler = DDPM(50, "cosine_exact", prediction_type=kind, clip_sample=False)
+    batch = {"image": torch.randn(3, 1, 4, 4), "condition": torch.zeros(3, 1, 4, 4)}
+    image, target, _, infer = ConditionPrepareBatch(50, scheduler=scheduler)(batch, "cpu")
+    noisy = scheduler.add_noise(image, infer["noise"], infer["timesteps"])
+    for b, t in enumerate(infer["timesteps"].tolist()):
+        _, x_0 = scheduler.step(target[b : b + 1], t, noisy[b : b + 1])
+        torch.testing.assert_close(x_0, image[b : b + 1], atol=1e-2 if t == 49 else 1e-4, rtol=1e-4)
