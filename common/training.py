@@ -194,7 +194,8 @@ class TrainingState:
     def card(self, model: Path, epoch: int) -> dict[str, Any]:
         """Provenance of the weights: what made them, from what."""
         config = executed_config()
-        knobs = {k: v for k, v in config.items() if not isinstance(v, (dict, str)) and not k.startswith(("_", "run"))}
+        wiring = ("imports", "initialize", "run", "load", "to_network", "to_batch")
+        knobs = {k: v for k, v in config.items() if not isinstance(v, (dict, str)) and k not in wiring}
         return {
             "source": f"trained with: {config.get('_desc_', 'train.json')}",
             "weights": model.name,
