@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -17,6 +18,14 @@ sys.path.insert(0, str(REPO))
 from common.phantoms import thorax_cohort  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _loggers_enabled() -> None:
+    """A bundle's logging.conf, once applied in this process, switches off all loggers that were there before."""
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.disabled = False
 
 
 @pytest.fixture(scope="session")
