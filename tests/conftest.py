@@ -22,7 +22,9 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _loggers_enabled() -> None:
-    """A bundle's logging.conf, once applied in this process, switches off all loggers that were there before."""
+    """What one test does to logging (a bundle's logging.conf, a silenced rank) must not reach the next."""
+    logging.disable(logging.NOTSET)
+    logging.root.setLevel(logging.WARNING)
     for logger in logging.root.manager.loggerDict.values():
         if isinstance(logger, logging.Logger):
             logger.disabled = False
