@@ -416,7 +416,7 @@ def test_two_processes_train_one_network_and_one_of_them_writes(repo, tmp_path):
     assert len(writers) == 1
     assert not [f for f in files if "tmp" in f]
     assert [f for f in files if "tfevents" not in f] == [
-        "checkpoint.previous.pt", "checkpoint.pt", "model.pt",
+        "checkpoint.previous.pt", "checkpoint.pt", "model.json", "model.pt",
         *[f"phantoms/{k}/thorax_000{i}.nii.gz" for k in ("CT", "SEG") for i in range(4)],
         "phantoms/phantoms.json", "preview/epoch_0002.png",
     ]  # fmt: skip
