@@ -104,7 +104,7 @@ def networks(parser: ConfigParser, device: torch.device, trained: bool) -> tuple
     return plain.to(device), ours.to(device)
 
 
-def measure_paths(parser: ConfigParser, runs: int, device: torch.device) -> list[list[str]]:
+def measure_paths(parser: ConfigParser, runs: int, device: torch.device, compile: bool) -> list[list[str]]:
     """Rows: network call and training step, plain against fast."""
     plain, ours = networks(parser, device, trained=False)
     size = parser.get_parsed_content("patch_size" if "patch_size" in parser else "image_size")
@@ -118,7 +118,7 @@ def measure_paths(parser: ConfigParser, runs: int, device: torch.device) -> list
         "mode": "concat",
     }
     noising = DiffusionInferer(DDPM(250, "cosine_exact"))
-    fast = FastPath(noising)
+    fast = FastPath(noising, compile=compile)
 
     def call(inferer: Inferer, network: torch.nn.Module) -> Callable[[], Any]:
         def action() -> None:
@@ -212,6 +212,7 @@ def main() -> int:
     parser.add_argument("--preset", action="append", default=[], help="overlay to apply, e.g. paper; repeatable")
     parser.add_argument("--runs", type=int, default=5, help="timed pairs (default: 5)")
     parser.add_argument("--calls", type=int, nargs="*", default=[50, 20, 10], help="short samplers (default: 50 20 10)")
+    parser.add_argument("--compile", action="store_true", help="let the fast path compile the network too")
     parser.add_argument("--skip-samplers", action="store_true", help="time the network only")
     arguments = parser.parse_args()
     if not (REPO / "bundles" / arguments.bundle).is_dir():
@@ -222,7 +223,7 @@ def main() -> int:
     config = bundle_config(arguments.bundle, arguments.preset)
     print(f"{machine(device)}; {' + '.join(['inference', *arguments.preset])}\n", flush=True)
     header = ["one case", "plain MONAI", "fast path", "ratio", "peak memory, plain", "peak memory, fast"]
-    print(table(header, measure_paths(config, arguments.runs, device)) + "\n", flush=True)
+    print(table(header, measure_paths(config, arguments.runs, device, arguments.compile)) + "\n", flush=True)
     if not arguments.skip_samplers:
         rows = measure_samplers(config, arguments.bundle, device, arguments.calls)
         print(table(["sampler", "calls", "time", "RMSE to 250 calls", "inside the layout"], rows), flush=True)
