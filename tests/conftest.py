@@ -70,3 +70,27 @@ def run_bundle() -> Callable[..., subprocess.CompletedProcess]:
         )
 
     return run
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def blobs(n: int, size: int = 24, dims: int = 3, seed: int = 0) -> torch.Tensor:
+    """Smooth images (n, 1, *S) in [-1, 1], a stand-in for anatomy."""
+    coarse = normal(n, 1, *(5,) * dims, seed=seed)
+    mode = "bilinear" if dims == 2 else "trilinear"
+    return torch.nn.functional.interpolate(coarse, (size,) * dims, mode=mode).tanh()
+
+
+def touch(root: Path, *names: str) -> Path:
+    """Files with their own name as content; listing never opens them."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    return root
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())

@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import names, touch
 from monai.data import MetaTensor
 
 from common.cases import CaseSaver, CaseStream
@@ -19,19 +20,6 @@ from common.io import CaseError, list_cases, list_synthetic, sha256
 from common.workflow import unwrap
 
 FOLDERS = {"image": "CT", "layout": "SEG"}
-
-
-def touch(root: Path, *names: str) -> Path:
-    """Files with their own name as content; listing never opens them."""
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(name)
-    return root
-
-
-def names(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir())
 
 
 def test_bad_cases_are_reported_and_the_others_come(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,22 +7,10 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
+from conftest import blobs
 from PIL import Image
 
 from common.evaluation import evaluate_pairs
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def blobs(n: int, size: int = 24, dims: int = 3, seed: int = 0) -> torch.Tensor:
-    """Smooth images (n, 1, *S) in [-1, 1], a stand-in for anatomy."""
-    coarse = normal(n, 1, *(5,) * dims, seed=seed)
-    mode = "bilinear" if dims == 2 else "trilinear"
-    return torch.nn.functional.interpolate(coarse, (size,) * dims, mode=mode).tanh()
-
 
 LABELS = {"lung": 1, "nodule": 2, "absent": 9}
 

@@ -9,23 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import names, touch
 
 from common.io import CaseError, atomic_path, case_seed, list_cases, stem, write_json
 
 FOLDERS = {"image": "CT", "layout": "SEG"}
-
-
-def touch(root: Path, *names: str) -> Path:
-    """Files with their own name as content; listing never opens them."""
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(name)
-    return root
-
-
-def names(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir())
 
 
 def test_atomic_path_replaces_in_one_step(tmp_path: Path) -> None:

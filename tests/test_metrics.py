@@ -7,23 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import blobs, normal
 from monai.metrics import MMDMetric, MSEMetric, MultiScaleSSIMMetric
 from monai.metrics.fid import get_fid_score
 
 from common import metrics
 from common.metrics import RandomConvFeatures
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def blobs(n: int, size: int = 24, dims: int = 3, seed: int = 0) -> torch.Tensor:
-    """Smooth images (n, 1, *S) in [-1, 1], a stand-in for anatomy."""
-    coarse = normal(n, 1, *(5,) * dims, seed=seed)
-    mode = "bilinear" if dims == 2 else "trilinear"
-    return torch.nn.functional.interpolate(coarse, (size,) * dims, mode=mode).tanh()
-
 
 # Distribution metrics, fed features directly.
 
