@@ -116,7 +116,7 @@ class CheckpointLoader(monai.handlers.CheckpointLoader):
                 raise CheckpointError(f"{self.load_path} has no entry {name!r}, only {', '.join(map(repr, content))}")
             state = content if inner is None else inner
             if isinstance(item, nn.Module):
-                self._load(_unwrap(item), state)
+                self._load(unwrapped(item), state)
             else:
                 item.load_state_dict(state)
         self.logger.info(f"Restored all variables from {self.load_path}")
@@ -157,7 +157,8 @@ def _some(keys: list[str], limit: int = 8) -> str:
     return ", ".join(keys[:limit]) + (", ..." if len(keys) > limit else "")
 
 
-def _unwrap(network: nn.Module) -> nn.Module:
+def unwrapped(network: nn.Module) -> nn.Module:
+    """The network inside ``DistributedDataParallel`` or ``DataParallel``, or the network itself."""
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     return network.module if isinstance(network, parallel) else network
 

@@ -25,6 +25,7 @@ from monai.inferers import Inferer
 from torch import nn
 from tqdm import tqdm
 
+from .checkpoints import unwrapped
 from .io import atomic_path, sha256, write_json
 from .pictures import centre_of, montage, planes, save_png
 from .workflow import executed_config, versions
@@ -35,11 +36,6 @@ logger = logging.getLogger(__name__)
 def rank() -> int:
     """This process's rank under ``torchrun``, else 0."""
     return int(os.environ.get("RANK", 0))
-
-
-def unwrapped(network: nn.Module) -> nn.Module:
-    """The network inside ``DistributedDataParallel``, or the network itself."""
-    return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
 
 
 def save_tensors(content: Mapping[str, Any], path: Path) -> None:
