@@ -93,10 +93,12 @@ class CaseSaver:
         extension: file type, one that MONAI has a writer for.
         dtypes: key -> dtype on disk.
         weights: file whose hash the side-car records.
+        record: key of further facts about a case, in plain JSON, for the side-car.
     """
 
     # What does not shape a sample: places, how many, what is done with it afterwards, and what ``--tracking`` adds.
     PLACES = ("bundle_root", "dataset_dir", "phantoms", "cases", "weights", "output_dir", "num_samples", "batch_size")
+    PLACES += ("statistics", "requests", "count")
     AFTERWARDS = ("_desc_", "run", "real", "real_dir", "extractor", "evaluation", "handlers")
     TRACKING = ("tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0")
 
@@ -107,12 +109,14 @@ class CaseSaver:
         extension: str = ".nii.gz",
         dtypes: Mapping[str, str] | None = None,
         weights: str | os.PathLike | None = None,
+        record: str | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.outputs = dict(outputs)
         self.extension = extension
         self.dtypes = dict(dtypes or {})
         self.weights = None if weights is None else str(weights)
+        self.record = record
         self._weights_sha256: str | None = None
         self._config: dict | None = None
 
@@ -199,6 +203,7 @@ class CaseSaver:
                 "weights": self.weights,
                 "weights_sha256": self.weights_sha256(),
                 "outputs": written,
+                **({} if self.record is None else {"record": data[self.record]}),
                 "versions": versions(),
                 "notice": "synthetic image, not of a patient; to make it again: "
                 "python -m monai.bundle run --args_file THIS_FILE --output_dir ELSEWHERE",

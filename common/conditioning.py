@@ -96,8 +96,9 @@ class ConditionPrepareBatch(DiffusionPrepareBatch):
     """Draws noise and time for a training batch, and drops conditions for classifier-free guidance.
 
     Args:
-        num_train_timesteps: times are uniform on {0 .. num_train_timesteps - 1}.
+        num_train_timesteps: times are uniform on {first_timestep .. num_train_timesteps - 1}.
         condition_name: key of the condition in the batch, or None.
+        first_timestep: lowest time (CMDM's schedule has an entry 0 that is never used).
         scheduler: its ``prediction_type`` (noise, image or velocity) is the target; None means noise.
         drop: probability that a case's condition is replaced by ``null``.
         null: value that stands for "no condition".
@@ -111,6 +112,7 @@ class ConditionPrepareBatch(DiffusionPrepareBatch):
         num_train_timesteps: int,
         condition_name: str | None = "condition",
         *,
+        first_timestep: int = 0,
         scheduler: Scheduler | None = None,
         drop: float = 0.0,
         null: float = 0.0,
@@ -122,6 +124,7 @@ class ConditionPrepareBatch(DiffusionPrepareBatch):
             raise ValueError(f"mode must be 'concat' or 'crossattn', got {mode!r}")
         if not 0 <= drop <= 1:
             raise ValueError(f"drop is a probability, got {drop}")
+        self.first_timestep = first_timestep
         self.scheduler = scheduler
         self.drop = drop
         self.null = null
@@ -146,6 +149,10 @@ class ConditionPrepareBatch(DiffusionPrepareBatch):
             if "condition" in infer:
                 infer |= {"condition": self.dropped(infer["condition"]), "mode": self.mode}
         return image, target, args, infer
+
+    def get_timesteps(self, images: torch.Tensor) -> torch.Tensor:
+        """A time for each case of the batch."""
+        return torch.randint(self.first_timestep, self.num_train_timesteps, (len(images),), device=images.device)
 
     def get_target(self, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """What the network is to predict."""

@@ -65,6 +65,19 @@ def _load(case: Mapping[str, Any], key: str) -> torch.Tensor:
     return torch.as_tensor(volume.numpy(), dtype=torch.float32)[None]
 
 
+def extract(extractor: Extractor, image: torch.Tensor) -> torch.Tensor:
+    """Features (F,) of one image (1, C, *S)."""
+    features = extractor(image)
+    if features.ndim != 2 or len(features) != 1:
+        raise ValueError(f"the extractor must map (N, C, *S) to (N, F), got {tuple(features.shape)} for one image")
+    return features[0].detach().cpu()
+
+
+def describe(extractor: Extractor) -> str:
+    """The extractor's name for the report."""
+    return getattr(extractor, "description", getattr(extractor, "__qualname__", repr(extractor)))
+
+
 def _measure(
     case: Mapping[str, Any],
     image_size: Sequence[int] | None,
@@ -83,11 +96,8 @@ def _measure(
         raise ValueError(f"image and layout differ in shape, {shapes}: {case['image']}, {case['layout']}")
     size = tuple(image_size or hu.shape[2:])
     image = F.interpolate(scaled(hu), size, mode="area")  # as MONAI's Resize
-    features = extractor(image)
-    if features.ndim != 2 or len(features) != 1:
-        raise ValueError(f"the extractor must map (N, C, *S) to (N, F), got {tuple(features.shape)} for one image")
     measured = {
-        "features": features[0].detach().cpu(),
+        "features": extract(extractor, image),
         "voxels": F.interpolate(image, (32,) * len(size), mode="area")[0],
         "labels": label_hu_statistics(hu[0].clamp(*window), layout[0], labels),
     }
@@ -103,7 +113,7 @@ def _measure(
     return measured
 
 
-def _summary(values: Sequence[float]) -> dict[str, float]:
+def summary(values: Sequence[float]) -> dict[str, float]:
     """Mean and standard deviation over the cases that have a value."""
     known = [value for value in values if math.isfinite(value)]
     return {"mean": float(np.mean(known or math.nan)), "std": float(np.std(known or math.nan)), "cases": len(known)}
@@ -112,15 +122,15 @@ def _summary(values: Sequence[float]) -> dict[str, float]:
 def _summaries(tables: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
     """Tables row -> column -> value, one per case, to one table of summaries."""
     first = tables[0] if tables else {}
-    return {r: {c: _summary([table[r][c] for table in tables]) for c in row} for r, row in first.items()}
+    return {r: {c: summary([table[r][c] for table in tables]) for c in row} for r, row in first.items()}
 
 
-def _finite(tree: Any, reasons: dict[str, str], path: str = "") -> Any:
+def finite(tree: Any, reasons: dict[str, str], path: str = "") -> Any:
     """The tree with NaN and infinity replaced by None, and a reason noted for each that has none yet."""
     if isinstance(tree, Mapping):
-        return {key: _finite(value, reasons, f"{path}/{key}".lstrip("/")) for key, value in tree.items()}
+        return {key: finite(value, reasons, f"{path}/{key}".lstrip("/")) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [_finite(value, reasons, f"{path}/*") for value in tree]  # one reason for all cases alike
+        return [finite(value, reasons, f"{path}/*") for value in tree]  # one reason for all cases alike
     if isinstance(tree, float) and not math.isfinite(tree):
         reasons.setdefault(
             path, "not defined here: label absent, image or region too small, or too few or duplicate cases"
@@ -129,17 +139,46 @@ def _finite(tree: Any, reasons: dict[str, str], path: str = "") -> Any:
     return tree
 
 
+def cohort_metrics(real: torch.Tensor, synthetic: torch.Tensor, reasons: dict[str, str]) -> dict[str, Any]:
+    """Distances between features (N, F), (M, F); those that too few cases forbid are None, the error their reason."""
+    metrics: dict[str, Any] = {}
+    for keys, compute in (
+        (["fid"], lambda: [fid(real, synthetic)]),
+        (["kid_mean", "kid_std"], lambda: kid(real, synthetic)),
+        (["mmd"], lambda: [mmd(real, synthetic)]),
+        (["density", "coverage"], lambda: density_coverage(real, synthetic)),
+    ):
+        try:
+            metrics |= zip(keys, compute(), strict=True)
+        except ValueError as error:
+            metrics |= dict.fromkeys(keys)
+            reasons |= dict.fromkeys((f"metrics/{key}" for key in keys), str(error))
+    return metrics
+
+
+def show(value: Any) -> str:
+    """A number, a summary or None, as it stands in a report."""
+    if isinstance(value, Mapping):
+        return f"{show(value['mean'])} ± {show(value['std'])} (n={value['cases']})"
+    return "-" if value is None else f"{value:.4g}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)] + [""]
+
+
+def write_report(result: Mapping[str, Any], markdown: str, output_dir: str | Path) -> None:
+    """Write a result as JSON and as Markdown, named after it."""
+    path = Path(output_dir) / result["name"]
+    write_json(f"{path}.json", result)
+    with atomic_path(f"{path}.md") as temporary:
+        temporary.write_text(markdown, encoding="utf-8")
+    logger.info(f"evaluation written to {path}.md and .json")
+
+
 def _markdown(result: Mapping[str, Any]) -> str:
     """The report people read: one table of cohort metrics, one against references, one of HU statistics, the notes."""
-
-    def show(value: Any) -> str:
-        if isinstance(value, Mapping):
-            return f"{show(value['mean'])} ± {show(value['std'])} (n={value['cases']})"
-        return "-" if value is None else f"{value:.4g}"
-
-    def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-        return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)] + [""]
-
     counts, settings = result["counts"], result["settings"]
     lines = [
         f"# {result['name']}\n",
@@ -205,20 +244,8 @@ def evaluate_pairs(
             )
     r, s = (torch.stack([case["features"] for case in cohorts[cohort]]) for cohort in ("real", "synthetic"))
 
-    # Cohort metrics: those that too few cases forbid become null with the error as the reason.
     reasons: dict[str, str] = {}
-    metrics: dict[str, Any] = {}
-    for keys, compute in (
-        (["fid"], lambda: [fid(r, s)]),
-        (["kid_mean", "kid_std"], lambda: kid(r, s)),
-        (["mmd"], lambda: [mmd(r, s)]),
-        (["density", "coverage"], lambda: density_coverage(r, s)),
-    ):
-        try:
-            metrics |= zip(keys, compute(), strict=True)
-        except ValueError as error:
-            metrics |= dict.fromkeys(keys)
-            reasons |= dict.fromkeys((f"metrics/{key}" for key in keys), str(error))
+    metrics = cohort_metrics(r, s, reasons)
 
     # Memorisation, in both spaces.
     for space in ("features", "voxels"):
@@ -237,7 +264,7 @@ def evaluate_pairs(
             "image_size": None if image_size is None else list(image_size),
             "window": list(window),
             "labels": dict(labels),
-            "extractor": getattr(extractor, "description", getattr(extractor, "__qualname__", repr(extractor))),
+            "extractor": describe(extractor),
         },
         "versions": {"python": platform.python_version(), "monai": monai.__version__, "torch": torch.__version__},
         "metrics": metrics,
@@ -246,11 +273,8 @@ def evaluate_pairs(
         "cases": cohorts,
         "notes": list(NOTES),
     }
-    result = {**_finite(result, reasons), "reasons": reasons}
-    write_json(Path(output_dir) / f"{name}.json", result)
-    with atomic_path(Path(output_dir) / f"{name}.md") as temporary:
-        temporary.write_text(_markdown(result), encoding="utf-8")
-    logger.info(f"evaluation written to {Path(output_dir) / name}.md and .json")
+    result = {**finite(result, reasons), "reasons": reasons}
+    write_report(result, _markdown(result), output_dir)
     return result
 
 

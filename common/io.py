@@ -66,6 +66,23 @@ def case_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:6], "big")
 
 
+def stamped(root: Path, settings: Mapping[str, Any]) -> int:
+    """How many generated cases a folder's stamp ``phantoms.json`` promises; refuses a folder of other settings."""
+    path = root / "phantoms.json"
+    if not path.exists():
+        return 0
+    held = json.loads(path.read_text(encoding="utf-8"))
+    count = int(held.pop("num_cases", 0))
+    if held != dict(settings):
+        raise ValueError(f"{root} holds {held}, asked for {dict(settings)}: name another folder, or delete this one")
+    return count
+
+
+def stamp(root: Path, settings: Mapping[str, Any], num_cases: int) -> None:
+    """Say, when all cases of a generated folder are written, what they are."""
+    write_json(root / "phantoms.json", {**settings, "num_cases": num_cases})
+
+
 def list_cases(
     dataset_dir: str | os.PathLike,
     folders: Mapping[str, str] | None = None,

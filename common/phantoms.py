@@ -489,13 +489,8 @@ def check_cohort(root: Path, settings: dict, note: str) -> int:
 
     Where a run was cut short there is no stamp, and the note in each file's header speaks for it.
     """
-    stamp = root / "phantoms.json"
-    if stamp.exists():
-        held = json.loads(stamp.read_text())
-        count = int(held.pop("num_cases", 0))
-        if held == settings:
-            return count
-        raise ValueError(f"{root} holds {held}, asked for {settings}: name another folder, or delete this one")
+    if count := stamped(root, settings):
+        return count
     for path in sorted([*root.glob("CT/*.nii.gz"), *root.glob("SEG/*.nii.gz")]):
         held_note = nib.Nifti1Image.from_filename(path).header["descrip"].item().decode(errors="replace")
         if held_note != note:
@@ -540,5 +535,5 @@ def thorax_cohort(
         write_nifti(pairs[i][0], case.image, case.affine, note)
         write_nifti(pairs[i][1], case.layout, case.affine, note)
     if num_cases > made:
-        write_json(root / "phantoms.json", {**settings, "num_cases": num_cases})
+        stamp(root, settings, num_cases)
     return str(directory)

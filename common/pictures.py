@@ -1,4 +1,4 @@
-"""Pictures: slices of volumes as a radiologist looks at them, laid out in a montage or a GIF.
+"""Pictures: slices of volumes as a radiologist looks at them, and masks, laid out in a montage or a GIF.
 
 Volumes are RAS (X to the patient's right, Y to the front, Z up). Axial and coronal slices show the patient's right on
 the left, sagittal slices the front on the left, as on a light box.
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from .io import atomic_path
 
@@ -82,6 +82,61 @@ def montage(rows: Sequence[Sequence[Image.Image]], captions: Sequence[str] = ())
             draw.text((5, top + 3), captions[i], fill=(255, 255, 255), stroke_width=1, stroke_fill=(0, 0, 0))
         top += height
     return sheet
+
+
+class VolumeSheet:
+    """Shows a synthetic volume below the real one, and the layout: three planes of each.
+
+    Args:
+        real: the real volume (1, X, Y, Z) in [-1, 1].
+        condition: the layout's channels (K, X, Y, Z), positive inside.
+    """
+
+    def __init__(self, real: Any, condition: Any) -> None:
+        self.real = np.asarray(real)[0]
+        inside = np.asarray(condition) > 0
+        self.layout = (inside * np.arange(1, 1 + len(inside)).reshape(-1, 1, 1, 1)).max(axis=0)
+
+    def __call__(self, synthetic: Any) -> Image.Image:
+        """Picture of the first of a synthetic batch (B, 1, X, Y, Z)."""
+        at = centre_of(self.layout)
+        rows = [planes(volume, at, window=(-1.0, 1.0)) for volume in (self.real, np.asarray(synthetic)[0, 0])]
+        rows.append(planes(self.real, at, window=(-1.0, 1.0), layout=self.layout))
+        return montage(rows, ["real", "synthetic", "layout"])
+
+
+class MaskSheet:
+    """Shows synthetic masks, each below the real one whose statistics it was asked for.
+
+    Args:
+        real: real masks (B, K, H, W).
+        threshold: value between background and foreground.
+        columns: masks in a row.
+    """
+
+    def __init__(self, real: Any, threshold: float = 0.0, columns: int = 6) -> None:
+        self.real = np.asarray(real)
+        self.threshold = threshold
+        self.columns = columns
+
+    def __call__(self, synthetic: Any) -> Image.Image:
+        """Picture of synthetic masks (B, K, H, W)."""
+        pairs = [
+            montage([[picture_of(mask > self.threshold)] for mask in pair])
+            for pair in zip(self.real, np.asarray(synthetic), strict=True)
+        ]
+        rows = [pairs[i : i + self.columns] for i in range(0, len(pairs), self.columns)]
+        return montage(rows, ["real above synthetic"])
+
+
+def picture_of(mask: np.ndarray, height: int = 96) -> Image.Image:
+    """A mask (K, H, W), rows first, as a picture: white, or a colour for each class; with a rim, to see its frame."""
+    colours = ((255, 255, 255),) if len(mask) == 1 else COLOURS
+    picture = np.zeros((*mask.shape[1:], 3), dtype=np.uint8)
+    for k, inside in enumerate(mask):
+        picture[inside > 0] = colours[k % len(colours)]
+    size = (round(height * mask.shape[2] / mask.shape[1]), height)
+    return ImageOps.expand(Image.fromarray(picture).resize(size, Image.Resampling.NEAREST), 1, (90, 90, 90))
 
 
 def save_gif(frames: Sequence[Image.Image], path: str | Path, seconds: float = 6.0) -> None:

@@ -12,7 +12,7 @@ import os
 import pickle
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data.utils import set_rnd
 from monai.inferers import Inferer
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 from .checkpoints import unwrapped
 from .io import atomic_path, sha256, write_json
-from .pictures import centre_of, montage, planes, save_png
+from .pictures import save_png
 from .workflow import executed_config, versions
 
 logger = logging.getLogger(__name__)
@@ -272,12 +273,13 @@ class Progress:
 
 
 class Preview:
-    """Handler that synthesises one fixed case with the current EMA weights and saves a picture of it.
+    """Handler that synthesises a fixed batch with the current EMA weights and saves a picture of it.
 
     Args:
         sampler: the sampler inference uses.
         network: the EMA's module.
-        case: a preprocessed case with ``image`` (C, *S) and ``condition`` (K, *S).
+        inputs: batch the sampler starts from.
+        show: makes a picture of the synthetic batch.
         folder: where ``epoch_0010.png`` and so on go.
         interval: epochs between pictures.
     """
@@ -286,13 +288,15 @@ class Preview:
         self,
         sampler: Inferer,
         network: nn.Module,
-        case: Mapping[str, Any],
+        inputs: torch.Tensor,
+        show: Callable[[torch.Tensor], Image.Image],
         folder: str | os.PathLike,
         interval: int = 1,
     ) -> None:
         self.sampler = sampler
         self.network = network
-        self.case = case
+        self.inputs = inputs
+        self.show = show
         self.folder = Path(folder)
         self.interval = interval
 
@@ -305,16 +309,8 @@ class Preview:
         if rank() > 0:
             return
         device = next(self.network.parameters()).device
-        real, condition = (torch.as_tensor(self.case[k]) for k in ("image", "condition"))
         # The draws of the preview must not shift the draws of the training.
         with torch.random.fork_rng(devices=[]):
-            inputs = torch.cat([real, condition])[None].to(device)
-            synthetic = self.sampler(inputs, self.network, seeds=[0])[0].cpu()
-
-        labels = torch.arange(1, 1 + len(condition)).view(-1, *[1] * (condition.ndim - 1))
-        layout = ((condition > 0) * labels).amax(dim=0).numpy()
-        at = centre_of(layout)
-        rows = [planes(image[0].numpy(), at, window=(-1.0, 1.0)) for image in (real, synthetic)]
-        rows.append(planes(real[0].numpy(), at, window=(-1.0, 1.0), layout=layout))
-        sheet = montage(rows, ["real", "synthetic", "layout"])
-        save_png(sheet, self.folder / f"epoch_{engine.state.epoch:04d}.png")
+            seeds = list(range(len(self.inputs)))
+            synthetic = self.sampler(self.inputs.to(device), self.network, seeds=seeds).cpu()
+        save_png(self.show(synthetic), self.folder / f"epoch_{engine.state.epoch:04d}.png")

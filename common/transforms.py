@@ -120,6 +120,74 @@ class CheckCased(MapTransform):
             raise CaseError(f"{names} have different affines: resample one onto the other's grid")
 
 
+class ToMaskd(MapTransform):
+    """Loaded annotation masks as one channel per class, {0, 1}, at the network's size.
+
+    Bilinear without anti-aliasing and a threshold at one half, as CMDM does it, bit for bit: other resampling moves a
+    rim by up to a hundred pixels.
+
+    Args:
+        keys: masks (C, H, W), rows first, C = 1, or 3 and 4 (colour: its green channel counts).
+        image_size: size (H, W) of the result.
+        labels: values of the classes, K of them; None for a binary 8-bit mask, foreground above 127.
+    """
+
+    def __init__(self, keys: KeysCollection, image_size: Sequence[int], labels: Sequence[int] | None = None) -> None:
+        super().__init__(keys)
+        self.image_size = tuple(image_size)
+        self.labels = None if labels is None else list(labels)
+
+    def __call__(self, data: Data) -> dict:
+        """Replace each mask by its classes (K, H, W), float32."""
+        data = dict(data)
+        for key in self.key_iterator(data):
+            data[key] = _like(self.classes(data[key], _file(data, key)), MetaTensor(data[key]))
+        return data
+
+    def classes(self, mask: torch.Tensor, name: str) -> torch.Tensor:
+        """One mask (C, H, W) -> (K, *image_size) in {0, 1}."""
+        if mask.ndim != 3 or min(mask.shape[1:]) < 2:
+            raise CaseError(f"{name} has shape {tuple(mask.shape)}, expected one 2-D mask: take a slice of it")
+        values = torch.as_tensor(mask[1 if len(mask) >= 3 else 0]).float()
+        if self.labels is None:
+            if 0 < values.max() <= 1:
+                raise CaseError(f"{name} has no value above 1: masks are 0 and 255, else name the labels: --labels [1]")
+            one_hot = values[None]
+        else:
+            foreign = sorted(set(values.unique().tolist()) - {0.0, *map(float, self.labels)})
+            if foreign:
+                held = ", ".join(f"{v:g}" for v in foreign[:5])
+                raise CaseError(f"{name} holds {held}, not in --labels {self.labels}: correct the mask or name them")
+            one_hot = torch.stack([255 * (values == label).float() for label in self.labels])
+        resized = torch.nn.functional.interpolate(one_hot[None], self.image_size, mode="bilinear")[0]
+        return (resized >= 127.5).float()
+
+
+class FromMaskd(MapTransform):
+    """The way back from `ToMaskd`: classes (K, H, W) -> a mask (1, H, W) of label values, or of 0 and 255.
+
+    Where classes overlap the later one wins, as if painted in their order.
+
+    Args:
+        keys: masks (K, H, W) in {0, 1}.
+        labels: as in `ToMaskd`.
+    """
+
+    def __init__(self, keys: KeysCollection, labels: Sequence[int] | None = None) -> None:
+        super().__init__(keys)
+        self.values = [255] if labels is None else list(labels)
+
+    def __call__(self, data: Data) -> dict:
+        """Replace the classes by label values."""
+        data = dict(data)
+        for key in self.key_iterator(data):
+            mask = torch.zeros_like(data[key][:1])
+            for value, inside in zip(self.values, data[key], strict=True):
+                mask[0][inside > 0] = value
+            data[key] = mask
+        return data
+
+
 class MapLayoutd(Transform):
     """Brings any user's label numbers to the bundle's: 0 background, 1 .. K in the order of ``classes``.
 

@@ -22,7 +22,8 @@ SOURCES = [*COMMON, *sorted((REPO / "tools").glob("*.py")), *sorted((REPO / "bun
 
 LEAVES = {"schedules", "solvers", "semantics", "transforms", "totalsegmentator", "text", "io", "checkpoints"}
 LEAVES |= {"metrics", "phantoms", "execution", "pictures", "workflow"}
-ROOMS = {"unet", "sampler", "conditioning", "siamese", "categorical", "training", "evaluation", "cases"}
+ROOMS = {"unet", "sampler", "conditioning", "siamese", "categorical", "training", "cases"}
+ROOMS |= {"evaluation", "mask_evaluation"}
 FOR_ALL = {"io", "schedules"}
 
 

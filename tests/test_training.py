@@ -20,6 +20,7 @@ from monai.data import CacheDataset, DataLoader
 from monai.transforms import Compose, RandGaussianNoised
 from torch import nn
 
+from common.pictures import VolumeSheet
 from common.training import EpochSeed, Preview, Progress, TrainingState, WeightEMA
 from common.unet import DiffusionUNet
 
@@ -300,8 +301,9 @@ class Sampler:
 
 def test_preview_and_progress_leave_the_generators_alone(tmp_path):
     trainer, sampler = engine(), Sampler()
-    case = {"image": torch.zeros(1, 4, 5, 6), "condition": torch.ones(2, 4, 5, 6)}
-    Preview(sampler, Tiny(), case, tmp_path / "preview", interval=2).attach(trainer)
+    image, condition = torch.zeros(1, 4, 5, 6), torch.ones(2, 4, 5, 6)
+    inputs, show = torch.cat([image, condition])[None], VolumeSheet(image, condition)
+    Preview(sampler, Tiny(), inputs, show, tmp_path / "preview", interval=2).attach(trainer)
     Progress().attach(trainer)
     before = torch.random.get_rng_state(), random.getstate(), str(np.random.get_state())
     trainer.run(torch.zeros(3, 1), max_epochs=4, epoch_length=3)

@@ -1,0 +1,507 @@
+"""Evaluation of annotation masks: are the lesions as asked, spread and shaped like real ones, and new?
+
+Made for "Controllable Mask Diffusion Model" (Heo 2025), which publishes no numbers: the choice of them is ours. A check
+that cannot fail shows nothing, so control stands beside shuffled conditions, similarity beside halves of the real set.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy import ndimage
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial import ConvexHull
+from scipy.spatial.distance import cdist
+from scipy.stats import ks_2samp, rankdata
+
+from .evaluation import Loader, cohort_metrics, describe, extract, finite, show, table, write_report
+from .io import atomic_path, list_synthetic
+from .metrics import Extractor, RandomConvFeatures
+from .semantics import Lesion, components, measure
+from .workflow import unwrap, versions
+
+Lesions = Sequence[Lesion]
+"""The lesions of one mask."""
+
+STATISTICS = ("size", "x", "y")
+SHAPE = ("area", "perimeter2_over_area", "solidity", "eccentricity", "holes")
+SIZE_TOLERANCE, CENTRE_TOLERANCE = 0.25, 0.05  # what synthesis accepts by default
+COPY = 0.98  # Dice from which a mask is suspected to be a copy
+SPLITS = 10
+TINY = 1e-9  # what rounding leaves of a spread of zero
+
+NOTES = (
+    "Control: errors and R^2 are over asked lesions that have a partner in the mask; missing ones are counted apart, "
+    "and as failures in within_tolerance (size to 25 %, centre to 5 % of the side). Shuffled: the same masks against "
+    "the conditions of other masks; a number that is as good there says nothing.",
+    "Distribution: 'asked' against real tells what the fit of the statistics loses, 'synthetic' what is lost in all. "
+    f"Real halves: mean over {SPLITS} random splits of the real masks, a floor that is somewhat high, as halves hold "
+    "fewer cases; their ratios are taken the larger way round. Energy is of standardised rows.",
+    "Shape is per component of at least min_size pixels. The perimeter is Crofton's in four directions: exact for "
+    "discs, 5 % short for upright squares; holes count with their edges.",
+    "FID, KID, MMD, density and coverage depend on the extractor and the image size: compare rows made with the same.",
+    f"Nearest Dice above {COPY} means a suspected copy, if the real masks are those the model was trained on; small "
+    "simple shapes come near that by chance, as 'real to other real' shows.",
+)
+
+
+def match(asked: Lesions, achieved: Lesions) -> list[Lesion | None]:
+    """The achieved lesion that answers each asked one, or None: the assignment nearest in centre and diameter."""
+    found: list[Lesion | None] = [None] * len(asked)
+    for label in {lesion.label for lesion in asked}:
+        rows = [i for i, lesion in enumerate(asked) if lesion.label == label]
+        candidates = [lesion for lesion in achieved if lesion.label == label]
+        if candidates:
+            # All three in units of the image's side.
+            a, b = (
+                np.array([(math.sqrt(n.size), n.x, n.y) for n in z]) for z in ([asked[i] for i in rows], candidates)
+            )
+            cost = cdist(a[:, 1:], b[:, 1:]) + np.abs(a[:, :1] - b[:, 0])
+            for i, j in zip(*linear_sum_assignment(cost), strict=True):
+                found[rows[i]] = candidates[j]
+    return found
+
+
+def errors(asked: Lesion, achieved: Lesion) -> tuple[float, float]:
+    """Relative size error, and distance of the centres as a fraction of the image's side."""
+    return abs(achieved.size - asked.size) / asked.size, math.hypot(achieved.x - asked.x, achieved.y - asked.y)
+
+
+def control(asked: Sequence[Lesions], achieved: Sequence[Lesions]) -> dict[str, float]:
+    """How well masks hold the lesions that they were asked to hold.
+
+    Args:
+        asked: lesions asked for, per mask.
+        achieved: lesions measured, of the same masks.
+
+    Returns:
+        flat numbers, NaN where not defined: missing_share, within_tolerance (of all asked lesions), count_accuracy
+        (share of masks with as many lesions of each label as asked), mean, median and 90 % point of the errors, R^2
+        about the identity line, which is negative where the mean of the asked values would be a better guess.
+    """
+    if len(asked) != len(achieved):
+        raise ValueError(f"asked is of {len(asked)} masks, achieved of {len(achieved)}: give one list for each mask")
+    pairs = [pair for a, b in zip(asked, achieved) for pair in zip(a, match(a, b))]
+    matched = [(a, b) for a, b in pairs if b is not None]
+    size, centre = np.array([errors(a, b) for a, b in matched]).reshape(-1, 2).T
+    within = (size <= SIZE_TOLERANCE) & (centre <= CENTRE_TOLERANCE)
+    same = [Counter(n.label for n in a) == Counter(n.label for n in b) for a, b in zip(asked, achieved)]
+    result = {
+        "masks": float(len(asked)),
+        "lesions": float(len(pairs)),
+        "missing_share": 1 - len(matched) / len(pairs) if pairs else math.nan,
+        "within_tolerance": float(within.sum()) / len(pairs) if pairs else math.nan,
+        "count_accuracy": float(np.mean(same or math.nan)),
+    }
+    for name, values in (("size_error", size), ("centre_distance", centre)):
+        numbers = (values.mean(), *np.percentile(values, (50, 90))) if len(values) else [math.nan] * 3
+        result |= {f"{name}_{key}": float(n) for key, n in zip(("mean", "median", "p90"), numbers)}
+    x, y = (_rows([z]) for z in (zip(*matched, strict=True) if matched else ([], [])))
+    residual, total = np.square(y - x).sum(0), np.square(x - (x.mean(0) if len(x) else 0)).sum(0)
+    return result | {
+        f"r2_{key}": float(1 - r / t) if t > TINY else math.nan for key, r, t in zip(STATISTICS, residual, total)
+    }
+
+
+def _rows(lesions: Sequence[Lesions]) -> np.ndarray:
+    """Lesions of all masks as rows (N, 3) of size, x, y."""
+    return np.array([astuple(lesion)[:3] for mask in lesions for lesion in mask], float).reshape(-1, 3)
+
+
+def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
+    """2 E|x - y| - E|x - x'| - E|y - y'| of rows (N, D), (M, D); zero for equal sets. Szekely & Rizzo 2013."""
+
+    def mean(a: np.ndarray, b: np.ndarray) -> float:
+        return float(np.mean([cdist(row[None], b).mean() for row in a])) if len(a) else math.nan
+
+    return max(0.0, 2 * mean(x, y) - mean(x, x) - mean(y, y))
+
+
+def _compare(real: np.ndarray, other: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """Kolmogorov-Smirnov distance of each column, energy distance of the rows standardised by the real ones."""
+    if min(len(real), len(other)) < 2:
+        return {**{f"ks_{name}": math.nan for name in names}, "energy": math.nan}
+    distances = {f"ks_{n}": float(ks_2samp(a, b, method="asymp").statistic) for n, a, b in zip(names, real.T, other.T)}
+    spread = np.where(real.std(0) > TINY, real.std(0), 1)
+    return {**distances, "energy": energy_distance(real / spread, other / spread)}
+
+
+def _correlations(rows: np.ndarray) -> np.ndarray:
+    """Spearman correlations (4, 4) of size, x, y and the distance to the image's centre; NaN if one is constant."""
+    if len(rows) < 3:
+        return np.full((4, 4), math.nan)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.corrcoef(rankdata(np.c_[rows, np.hypot(*(rows[:, 1:] - 0.5).T)], axis=0).T)
+
+
+def compare_statistics(real: Sequence[Lesions], other: Sequence[Lesions]) -> dict[str, float]:
+    """Distances between the lesion statistics of two sets of masks: marginals, spread, tail, correlations, counts.
+
+    Returns:
+        flat numbers; the two ratios are `other` over `real`, centrality is the correlation of size and distance to the
+        image's centre; count is the total variation of the number of lesions per mask.
+    """
+    a, b = _rows(real), _rows(other)
+    difference = np.abs(_correlations(a) - _correlations(b))
+    enough = min(len(a), len(b)) >= 2 and a[:, 0].std() > TINY
+    most = 1 + max((len(mask) for mask in (*real, *other)), default=0)
+    shares = [
+        np.bincount([len(m) for m in masks] or [0], minlength=most) / (len(masks) or math.nan)
+        for masks in (real, other)
+    ]
+    return {
+        **_compare(a, b, STATISTICS),
+        "size_sd_ratio": float(b[:, 0].std() / a[:, 0].std()) if enough else math.nan,
+        "size_q95_ratio": float(np.quantile(b[:, 0], 0.95) / np.quantile(a[:, 0], 0.95)) if enough else math.nan,
+        "spearman_difference": float(difference[:3, :3].max()),
+        "centrality_difference": float(difference[0, 3]),
+        "count_total_variation": float(np.abs(shares[0] - shares[1]).sum() / 2),
+    }
+
+
+def compare_shapes(real: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> dict[str, float]:
+    """Distances between the shapes, rows (components, 5) for each mask, of two sets of masks."""
+    empty = np.empty((0, len(SHAPE)))
+    return _compare(np.concatenate([empty, *real]), np.concatenate([empty, *other]), SHAPE)
+
+
+def halves(real: Sequence[Any], compare: Callable[..., dict[str, float]], seed: int = 0) -> dict[str, float]:
+    """The same numbers between random halves of the real masks, mean over splits: the floor of what can be reached."""
+    generator, tables = np.random.default_rng(seed), []
+    for _ in range(SPLITS):
+        order, half = generator.permutation(len(real)), len(real) // 2
+        tables.append(compare([real[i] for i in order[:half]], [real[i] for i in order[half:]]))
+    # Upwards and downwards must not cancel.
+    tables = [{k: max(v, 1 / v) if k.endswith("ratio") and v > 0 else v for k, v in t.items()} for t in tables]
+    return {key: float(np.mean([t[key] for t in tables])) for key in tables[0]}
+
+
+def perimeter(component: np.ndarray) -> float:
+    """Length of the edges of a region (H, W) of bools, holes' included, by Crofton's formula in four directions."""
+    m = np.pad(component, 1)
+    straight = (m[1:] != m[:-1]).sum() + (m[:, 1:] != m[:, :-1]).sum()
+    diagonal = (m[1:, 1:] != m[:-1, :-1]).sum() + (m[1:, :-1] != m[:-1, 1:]).sum()
+    return float(math.pi / 8 * (straight + diagonal / math.sqrt(2)))  # diagonal lines lie closer by the root of 2
+
+
+def shape(component: np.ndarray) -> np.ndarray:
+    """Shape of a region (H, W) of bools, see `SHAPE`: area in pixels, compactness (disc: 4 pi), solidity, ... (5,)."""
+    rows, columns = np.nonzero(component)
+    area = len(rows)
+    corners = np.concatenate([np.c_[rows + i, columns + j] for i in (0, 1) for j in (0, 1)])
+    minor, major = np.linalg.eigvalsh(np.cov(rows, columns, bias=True) + np.eye(2) / 12)  # a pixel's own extent
+    holes = ndimage.label(~np.pad(component, 1))[1] - 1  # background is 4-connected where the region is 8-connected
+    solidity = area / ConvexHull(np.unique(corners, axis=0)).volume  # in 2-D, scipy's volume is the area
+    return np.array([area, perimeter(component) ** 2 / area, solidity, math.sqrt(max(0, 1 - minor / major)), holes])
+
+
+class NearestMask(NamedTuple):
+    """Per mask: Dice with the most similar of the others, and its number."""
+
+    dice: torch.Tensor
+    mask: torch.Tensor
+
+
+def nearest_mask(masks: torch.Tensor, others: torch.Tensor | None = None, *, chunk: int = 256) -> NearestMask:
+    """Most similar mask of `others` (M, P) for each of `masks` (N, P), bools; by default of the masks themselves.
+
+    Classes count when they lie side by side in P. An empty mask resembles nothing: Dice 0.
+    """
+    against = masks if others is None else others
+    if against.shape[1:] != masks.shape[1:] or len(against) < (2 if others is None else 1):
+        raise ValueError(f"needs other masks of the same size, got {tuple(masks.shape)} and {tuple(against.shape)}")
+    parts = []
+    for x in masks.split(chunk):
+        x = x.float()
+        overlap = torch.cat([x @ y.float().T for y in against.split(chunk)], dim=1)
+        parts.append(2 * overlap / (x.sum(1)[:, None] + against.sum(1)).clamp(min=1))
+    dice = torch.cat(parts)
+    return NearestMask(*(dice.fill_diagonal_(-1) if others is None else dice).max(1))
+
+
+def list_asked(synthetic_dir: str | Path) -> list[dict[str, Any]]:
+    """What an inference run wrote, each mask with what its side-car says: lesions asked and, if recorded, achieved."""
+    cases = []
+    for outputs in list_synthetic(synthetic_dir):
+        if "mask" not in outputs:
+            raise ValueError(f"{synthetic_dir} holds a case without a mask, only {outputs}: is it of a mask bundle?")
+        path = Path(outputs["mask"])
+        sidecar = path.with_name(path.name.rpartition("_mask")[0] + ".json")
+        made_by = json.loads(sidecar.read_text(encoding="utf-8"))["made_by"]
+        case, record = made_by["case"], made_by.get("record") or {}
+        if "lesions" not in case:
+            raise ValueError(f"{sidecar} does not say which lesions were asked: was it made by mask inference?")
+        case = {"name": case["name"], "seed": case.get("seed"), "asked": [Lesion(**n) for n in case["lesions"]]}
+        recorded = [Lesion(**n) for n in record["achieved"]] if "achieved" in record else None
+        told = {key: record.get(key) for key in ("tries", "accepted")}
+        cases.append({"mask": str(path), **case, **told, "recorded": recorded})
+    return cases
+
+
+def _foreign_values(path: str, labels: Sequence[int]) -> list[int]:
+    """Grey values in a file that a mask may not hold."""
+    with Image.open(path) as picture:
+        return sorted(set(np.unique(np.asarray(picture)).tolist()) - ({0, 255} if len(labels) == 1 else {0, *labels}))
+
+
+def _measure(
+    case: Mapping[str, Any],
+    load: Loader,
+    labels: Sequence[int],
+    min_size: int,
+    size: Sequence[int],
+    extractor: Extractor,
+) -> dict[str, Any]:
+    """All that one mask tells by itself: lesions, shapes per label, features, pixels."""
+    path = case.get("mask")
+    if path is None or not Path(path).is_file():
+        raise ValueError(f"mask file not found: {path}" if path else f"case {dict(case)} has no 'mask'")
+    try:
+        mask = torch.as_tensor(np.asarray(load(case)["mask"]))
+    except Exception as error:
+        raise ValueError(f"cannot read mask {path}: {unwrap(error)}") from error
+    if mask.shape != (len(labels), *size):
+        shapes = f"{tuple(mask.shape)}, expected {(len(labels), *size)}"
+        raise ValueError(f"mask {path} is loaded as {shapes}: resize in load")
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(f"mask {path} is loaded with values other than 0 and 1: threshold in load")
+    regions, rows = mask.bool().numpy(), {}
+    for label, region in zip(labels, regions, strict=True):
+        numbered, _ = components(region, min_size)
+        boxes = enumerate(ndimage.find_objects(numbered), 1)
+        found = [shape(numbered[box] == i) for i, box in boxes]
+        rows[label] = np.array(found).reshape(-1, len(SHAPE))
+    return {
+        "lesions": measure(regions, labels, min_size),
+        "shapes": rows,
+        "features": extract(extractor, 2 * mask[None].float() - 1),
+        "pixels": mask.bool().flatten(),
+    }
+
+
+def evaluate_masks(
+    real: Sequence[Mapping[str, Any]],
+    synthetic_dir: str | Path,
+    *,
+    load: Loader,
+    labels: Sequence[int] = (1,),
+    min_size: int,
+    image_size: Sequence[int],
+    extractor: Extractor | None = None,
+    name: str = "evaluation",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Compare a folder of synthetic masks with what was asked and with real ones.
+
+    Writes `<name>.json`, `<name>.md`, `control.csv` (a row for each asked lesion) and `control.png` into the folder.
+
+    Args:
+        real: cases {"mask": path}; the training set, if nearest masks are to show copies.
+        synthetic_dir: what an inference run wrote.
+        load: case -> the same case with one channel per label (K, S, S) in {0, 1} under "mask".
+        labels: values of the K channels.
+        min_size: pixels from which a component counts as a lesion, at `image_size`.
+        image_size: (S, S).
+        extractor: images (N, K, S, S) in [-1, 1] -> features (N, F), by default `RandomConvFeatures()`.
+        name: stem of the report.
+        seed: of shuffling and splitting.
+
+    Returns:
+        what the JSON holds. A number that cannot be computed is None, and "reasons" says why.
+    """
+    synthetic = list_asked(synthetic_dir)
+    if not real or not synthetic:
+        raise ValueError(f"nothing to compare: {len(real)} real and {len(synthetic)} synthetic masks")
+    extractor = extractor or RandomConvFeatures()
+    measured = partial(_measure, load=load, labels=labels, min_size=min_size, size=image_size, extractor=extractor)
+    r = [{**case, **measured(case)} for case in real]
+    s = [{**case, **measured({"mask": case["mask"]})} for case in synthetic]
+    foreign = {case["mask"]: _foreign_values(case["mask"], labels) for case in s}
+    reasons: dict[str, str] = {}
+    result: dict[str, Any] = {
+        "name": name,
+        "counts": {"real": len(r), "synthetic": len(s)},
+        "settings": {
+            "image_size": list(image_size),
+            "min_size": min_size,
+            "labels": list(labels),
+            "extractor": describe(extractor),
+            "seed": seed,
+        },
+        "versions": versions(),
+        "control": _control(s, seed, reasons),
+        "labels": {str(label): _label(label, r, s, seed, reasons) for label in labels},
+        "metrics": cohort_metrics(_stack(r, "features"), _stack(s, "features"), reasons),
+        "memorisation": _memorisation(r, s, reasons),
+        "files": {
+            "foreign_values": {path: values[:8] for path, values in foreign.items() if values},
+            "differ_from_record": [c["mask"] for c in s if not _as_recorded(c)],
+        },
+        "cases": [{key: c[key] for key in ("mask", "name", "seed", "tries", "accepted", "nearest")} for c in s],
+        "notes": list(NOTES),
+    }
+    result = {**finite(result, reasons), "reasons": reasons}
+    _write_csv(s, Path(synthetic_dir) / "control.csv")
+    _draw(s, result["control"]["asked"], Path(synthetic_dir) / "control.png")
+    write_report(result, _markdown(result), synthetic_dir)
+    return result
+
+
+def _stack(cases: Sequence[Mapping[str, Any]], key: str) -> torch.Tensor:
+    return torch.stack([case[key] for case in cases])
+
+
+def _as_recorded(case: Mapping[str, Any]) -> bool:
+    """Whether the lesions in the file are those that synthesis recorded, if it did."""
+    a, b = (sorted(astuple(n) for n in z) for z in (case["recorded"] or (), case["lesions"]))
+    return case["recorded"] is None or (len(a) == len(b) and np.allclose(a, b, atol=1e-4))
+
+
+def _control(cases: Sequence[Mapping[str, Any]], seed: int, reasons: dict[str, str]) -> dict[str, Any]:
+    """Control with the conditions as asked, and with those of other masks."""
+    asked, achieved = ([c[key] for c in cases] for key in ("asked", "lesions"))
+    result: dict[str, Any] = {"asked": control(asked, achieved)}
+    if len(cases) > 1:
+        order = np.random.default_rng(seed).permutation(len(cases))  # read as one cycle: nothing stays in its place
+        other = dict(zip(order, np.roll(order, 1), strict=True))
+        result["shuffled"] = control([asked[other[i]] for i in range(len(cases))], achieved)
+    else:
+        result["shuffled"] = dict.fromkeys(result["asked"], math.nan)
+        reasons |= dict.fromkeys((f"control/shuffled/{k}" for k in result["asked"]), "needs at least 2 masks, got 1")
+    for key, name in (("accepted", "accepted_share"), ("tries", "tries_mean")):
+        told = [float(c[key]) for c in cases if c[key] is not None]
+        result[name] = float(np.mean(told or math.nan))
+        if not told:
+            reasons[f"control/{name}"] = "no side-car records it"
+    return result
+
+
+def _label(
+    label: int, real: Sequence[Mapping], synthetic: Sequence[Mapping], seed: int, reasons: dict[str, str]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Distribution and shape of one label's lesions: each cohort against the real masks."""
+
+    def of(cases: Sequence[Mapping], key: str) -> list[list[Lesion]]:
+        return [[lesion for lesion in c[key] if lesion.label == label] for c in cases]
+
+    r, s, asked = of(real, "lesions"), of(synthetic, "lesions"), of(synthetic, "asked")
+    shapes, new = ([c["shapes"][label] for c in cases] for cases in (real, synthetic))
+    result = {
+        "distribution": {
+            "synthetic": compare_statistics(r, s),
+            "asked": compare_statistics(r, asked),
+            "real_halves": halves(r, compare_statistics, seed),
+        },
+        "shape": {"synthetic": compare_shapes(shapes, new), "real_halves": halves(shapes, compare_shapes, seed)},
+    }
+    lesions = {"synthetic": sum(map(len, s)), "asked": sum(map(len, asked)), "real": sum(map(len, r))}
+    for part, columns in result.items():
+        for cohort, numbers in columns.items():
+            few = [f"{n} {c}" for c, n in lesions.items() if c in (cohort, "real") and n < 3]
+            why = f"needs at least 3 lesions, got {' and '.join(few)}" if few else "too few lesions, or all alike"
+            for key, value in numbers.items():
+                if math.isnan(value):
+                    reasons[f"labels/{label}/{part}/{cohort}/{key}"] = why
+    return result
+
+
+def _memorisation(real: Sequence[dict], synthetic: Sequence[dict], reasons: dict[str, str]) -> dict[str, Any]:
+    """Nearest real mask of each synthetic one, noted in the case, and of each real one as the baseline."""
+    r, s = _stack(real, "pixels"), _stack(synthetic, "pixels")
+    near = nearest_mask(s, r)
+    for case, dice, index in zip(synthetic, near.dice.tolist(), near.mask.tolist(), strict=True):
+        case["nearest"] = {"dice": dice, "iou": dice / (2 - dice), "mask": str(real[index]["mask"])}
+    result: dict[str, Any] = {"synthetic_to_real": _similarity(near.dice)}
+    if len(r) > 1:
+        result["real_to_other_real"] = _similarity(nearest_mask(r).dice)
+    else:
+        result["real_to_other_real"] = dict.fromkeys(result["synthetic_to_real"], math.nan)
+        paths = (f"memorisation/real_to_other_real/{key}" for key in result["synthetic_to_real"])
+        reasons |= dict.fromkeys(paths, "needs at least 2 masks, got 1 real")
+    return {**result, "suspected_copies": [c["mask"] for c in synthetic if c["nearest"]["dice"] > COPY]}
+
+
+def _similarity(dice: torch.Tensor) -> dict[str, float]:
+    """Dice and IoU of nearest masks, summarised."""
+    both = {"dice": dice.numpy(), "iou": (dice / (2 - dice)).numpy()}
+    numbers = {f"{key}_{f.__name__}": float(f(x)) for key, x in both.items() for f in (np.median, np.max)}
+    return {**numbers, "share_of_suspects": float((dice > COPY).float().mean())}
+
+
+def _write_csv(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A row for each asked lesion; a missing one has empty cells."""
+    columns = ["mask", "label", *(f"{k}_{n}" for k in ("asked", "achieved") for n in STATISTICS)]
+    columns += ["relative_size_error", "centre_distance", "matched", "tries", "accepted", "seed"]
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        for case in cases:
+            for asked, achieved in zip(case["asked"], match(case["asked"], case["lesions"])):
+                answer = ([*astuple(achieved)[:3], *errors(asked, achieved)]) if achieved else [""] * 5
+                numbers = [f"{n:.6g}" if n != "" else "" for n in (*astuple(asked)[:3], *answer)]
+                told = ["" if case[k] is None else int(case[k]) for k in ("tries", "accepted", "seed")]
+                writer.writerow([Path(case["mask"]).name, asked.label, *numbers, int(achieved is not None), *told])
+
+
+def _draw(cases: Sequence[Mapping[str, Any]], numbers: Mapping[str, float | None], path: Path) -> None:
+    """Achieved over asked size, x and y, a colour for each label, with the line where they agree."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed here
+    from matplotlib.figure import Figure
+
+    pairs = [(a, b) for c in cases for a, b in zip(c["asked"], match(c["asked"], c["lesions"])) if b is not None]
+    labels = sorted({a.label for a, _ in pairs})
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    for axes, key in zip(np.ravel(figure.subplots(1, 3)), STATISTICS, strict=True):
+        top = max([1.0] if key != "size" else [0.01, *(1.05 * getattr(n, key) for pair in pairs for n in pair)])
+        axes.plot([0, top], [0, top], color="0.6", linewidth=1)
+        for label in labels:
+            x, y = np.array([(getattr(a, key), getattr(b, key)) for a, b in pairs if a.label == label]).T
+            axes.scatter(x, y, s=10, alpha=0.5, label=f"label {label}")
+        axes.set(xlim=(0, top), ylim=(0, top), aspect="equal", xlabel=f"{key} asked", ylabel=f"{key} achieved")
+        axes.set_title(f"{key}: R² {show(numbers[f'r2_{key}'])}")
+    if len(labels) > 1:
+        figure.axes[0].legend()
+    with atomic_path(path) as temporary:
+        FigureCanvasAgg(figure).print_png(str(temporary))
+
+
+def _markdown(result: Mapping[str, Any]) -> str:
+    """The report people read: a table each of control, distribution and shape per label, cohort metrics and copies."""
+
+    def columns(title: str, numbers: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        keys = next(iter(numbers.values()))
+        rows = [[key, *(show(column[key]) for column in numbers.values())] for key in keys]
+        return table([title, *(name.replace("_", " ") for name in numbers)], rows)
+
+    counts, settings, control_ = result["counts"], result["settings"], result["control"]
+    lines = [
+        f"# {result['name']}\n",
+        f"{counts['synthetic']} synthetic against {counts['real']} real masks, image size {settings['image_size']}, "
+        f"lesions from {settings['min_size']} pixels; features by {settings['extractor']}.\n",
+        f"Accepted {show(control_['accepted_share'])}, mean tries {show(control_['tries_mean'])}.\n",
+        *columns("control, conditions", {key: control_[key] for key in ("asked", "shuffled")}),
+    ]
+    for label, parts in result["labels"].items():
+        for part, numbers in parts.items():
+            lines += columns(f"{part} of label {label} against real", numbers)
+    nearest = {key: value for key, value in result["memorisation"].items() if key != "suspected_copies"}
+    lines += table(["metric", "value"], [[key, show(value)] for key, value in result["metrics"].items()])
+    lines += columns("nearest real mask", nearest)
+    listed = {
+        "Suspected copies": result["memorisation"]["suspected_copies"],
+        "Files with values that no mask may hold": result["files"]["foreign_values"],
+        "Files whose lesions are not those recorded": result["files"]["differ_from_record"],
+    }
+    lines += [f"{title}: {len(paths)}{': ' * bool(paths)}{', '.join(paths)}.\n" for title, paths in listed.items()]
+    return "\n".join([*lines, *(f"- {note}" for note in result["notes"])]) + "\n"
