@@ -4,12 +4,14 @@ In configs it is called ``scripts.common.<room>``. Rooms along the path of the d
 
 - `io`: case lists, atomic writing
 - `cases`: a stream of cases that survives bad ones, a saver that leaves a side-car with each
-- `phantoms`: procedural bodies, every bundle's default cohort
+- `phantoms`, `mask_phantoms`: procedural bodies and masks, every bundle's default cohort
 - `transforms`: dictionary transforms MONAI lacks
+- `semantics`: size, place and count of what masks show, and new ones drawn like them
 - `conditioning`: how a condition reaches the network
 - `unet`: the one diffusion U-Net
 - `schedules`, `solvers`: noise schedules and reverse steps
 - `sampler`: the one reverse loop
+- `mask_sampler`: masks from statistics, a chain for each part
 - `workflow`: the running MONAI workflow seen from inside; refuses unknown knobs
 - `execution`: precision, memory format, attention, compilation
 - `training`: EMA, exact resume, progress, previews

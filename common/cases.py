@@ -97,9 +97,10 @@ class CaseSaver:
     """
 
     # What does not shape a sample: places, how many, what is done with it afterwards, and what ``--tracking`` adds.
-    PLACES = ("bundle_root", "dataset_dir", "phantoms", "cases", "weights", "output_dir", "num_samples", "batch_size")
-    PLACES += ("statistics", "requests", "count")
-    AFTERWARDS = ("_desc_", "run", "real", "real_dir", "extractor", "evaluation", "handlers")
+    PLACES: tuple[str, ...] = ("bundle_root", "output_dir", "weights", "batch_size", "num_samples")
+    PLACES += ("dataset_dir", "phantoms", "phantom_cases", "phantom_size", "phantom_seed", "phantom_kind")
+    PLACES += ("cases", "statistics", "requests", "count")
+    AFTERWARDS = ("_desc_", "run", "real", "real_dir", "masks_dir", "load_real", "extractor", "evaluation", "handlers")
     TRACKING = ("tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0")
 
     def __init__(

@@ -26,7 +26,7 @@ from scipy.spatial.distance import cdist
 from scipy.stats import ks_2samp, rankdata
 
 from .evaluation import Loader, cohort_metrics, describe, extract, finite, show, table, write_report
-from .io import atomic_path, list_synthetic
+from .io import CaseError, atomic_path, list_synthetic
 from .metrics import Extractor, RandomConvFeatures
 from .semantics import Lesion, components, measure
 from .workflow import unwrap, versions
@@ -47,7 +47,7 @@ NOTES = (
     "the conditions of other masks; a number that is as good there says nothing.",
     "Distribution: 'asked' against real tells what the fit of the statistics loses, 'synthetic' what is lost in all. "
     f"Real halves: mean over {SPLITS} random splits of the real masks, a floor that is somewhat high, as halves hold "
-    "fewer cases; their ratios are taken the larger way round. Energy is of standardised rows.",
+    "fewer cases; their ratios are taken the larger way round. Energy is of rows over the spread of both.",
     "Shape is per component of at least min_size pixels. The perimeter is Crofton's in four directions: exact for "
     "discs, 5 % short for upright squares; holes count with their edges.",
     "FID, KID, MMD, density and coverage depend on the extractor and the image size: compare rows made with the same.",
@@ -129,11 +129,12 @@ def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _compare(real: np.ndarray, other: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """Kolmogorov-Smirnov distance of each column, energy distance of the rows standardised by the real ones."""
+    """Kolmogorov-Smirnov distance of each column, energy distance of the rows, standardised together."""
     if min(len(real), len(other)) < 2:
         return {**{f"ks_{name}": math.nan for name in names}, "energy": math.nan}
     distances = {f"ks_{n}": float(ks_2samp(a, b, method="asymp").statistic) for n, a, b in zip(names, real.T, other.T)}
-    spread = np.where(real.std(0) > TINY, real.std(0), 1)
+    spread = np.concatenate([real, other]).std(0)  # real masks alone may have none, as of holes
+    spread = np.where(spread > TINY, spread, 1)
     return {**distances, "energy": energy_distance(real / spread, other / spread)}
 
 
@@ -250,9 +251,11 @@ def list_asked(synthetic_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def _foreign_values(path: str, labels: Sequence[int]) -> list[int]:
-    """Grey values in a file that a mask may not hold."""
+    """Values in a file that a mask may not hold: label values, for a single class 0 and 255 as well."""
     with Image.open(path) as picture:
-        return sorted(set(np.unique(np.asarray(picture)).tolist()) - ({0, 255} if len(labels) == 1 else {0, *labels}))
+        found = set(np.unique(np.asarray(picture)).tolist())
+    allowed = [labels] if len(labels) > 1 else [[255], labels]
+    return min((sorted(found - {0, *values}) for values in allowed), key=len)
 
 
 def _measure(
@@ -270,7 +273,8 @@ def _measure(
     try:
         mask = torch.as_tensor(np.asarray(load(case)["mask"]))
     except Exception as error:
-        raise ValueError(f"cannot read mask {path}: {unwrap(error)}") from error
+        cause = unwrap(error)
+        raise cause if isinstance(cause, CaseError) else ValueError(f"cannot read mask {path}: {cause}") from error
     if mask.shape != (len(labels), *size):
         shapes = f"{tuple(mask.shape)}, expected {(len(labels), *size)}"
         raise ValueError(f"mask {path} is loaded as {shapes}: resize in load")

@@ -130,7 +130,9 @@ class CheckedMaskSampler(AddedMaskSampler):
     ) -> None:
         super().__init__(scheduler, num_inference_steps, **kwargs)
         if max_tries < 1 or size_tolerance <= 0 or centre_tolerance <= 0:
-            raise ValueError(f"max_tries ({max_tries}) and tolerances ({size_tolerance}, {centre_tolerance}) must be > 0")
+            raise ValueError(
+                f"max_tries ({max_tries}) and tolerances ({size_tolerance}, {centre_tolerance}) must be > 0"
+            )
         self.min_size = min_size
         self.size_tolerance = size_tolerance
         self.centre_tolerance = centre_tolerance

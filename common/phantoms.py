@@ -7,7 +7,6 @@ so thin parts get their partial volume at any resolution. A smooth random warp a
 from __future__ import annotations
 
 import gzip
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ import numpy as np
 from scipy import ndimage
 from scipy.interpolate import PchipInterpolator
 
-from .io import atomic_path, write_json
+from .io import atomic_path, stamp, stamped
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -121,7 +121,7 @@ def _lesions(table: np.ndarray, labels: Sequence[int]) -> list[Lesion]:
 def conditions(lesions: Sequence[Lesion], labels: Sequence[int], null: float = 0.0) -> np.ndarray:
     """What the network reads: a row (K sizes, K pairs x, y) for each part (P, 3K), ``null`` for an absent class."""
     table = _table(lesions, labels)
-    rows = np.concatenate([table[..., 0], table[..., 1:].reshape(len(table), -1)], axis=1)
+    rows = np.concatenate([table[..., 0], table[..., 1:].reshape(-1, 2 * len(labels))], axis=1)
     return np.where(np.isnan(rows), null, rows).astype(np.float32)
 
 
@@ -267,7 +267,10 @@ def _fractions(features: np.ndarray) -> np.ndarray:
 
 def _covariance(rows: np.ndarray) -> np.ndarray:
     """Covariance over rows with gaps, of the pairs that are there; 0 where fewer than two are."""
-    return np.ma.filled(np.ma.cov(np.ma.masked_invalid(rows), rowvar=False), 0.0).reshape(2 * rows.shape[1:])
+    present = (~np.isnan(rows)).astype(float)
+    centred = np.nan_to_num(rows - np.nansum(rows, axis=0) / present.sum(axis=0).clip(1))
+    pairs = present.T @ present
+    return np.divide(centred.T @ centred, pairs - 1, out=np.zeros_like(pairs), where=pairs > 1)
 
 
 @dataclass
@@ -296,11 +299,11 @@ class Statistics:
         self.labels: list[int] = []
         self.empty = 0
 
-    def fit(self, masks: Sequence[Sequence[Lesion]], labels: Sequence[int] = (1,)) -> Any:
+    def fit(self, masks: Sequence[Sequence[Lesion]], labels: Sequence[int] = (1,)) -> Self:
         """Learn from measured masks, empty ones left out; returns itself."""
         return self.restore(masks, labels, {})
 
-    def restore(self, masks: Sequence[Sequence[Lesion]], labels: Sequence[int], fitted: Mapping[str, Any]) -> Any:
+    def restore(self, masks: Sequence[Sequence[Lesion]], labels: Sequence[int], fitted: Mapping[str, Any]) -> Self:
         """As `fit`, with what `fitted` kept."""
         self.masks = [list(mask) for mask in masks if mask]
         self.labels = list(labels)
@@ -362,7 +365,7 @@ class Statistics:
         """
         pool = [counts for counts in self.counts if count in (None, sum(counts))]
         if not pool:
-            return [self.complete([], int(count or 0), rng) for _ in range(n)]
+            return [self.complete([], count or 0, rng) for _ in range(n)]
         chosen = (pool[rng.integers(len(pool))] for _ in range(n))
         tables = (self.first_valid(self.propose(counts, self.max_tries, rng)) for counts in chosen)
         return [_lesions(table, self.labels) for table in tables]
@@ -371,8 +374,8 @@ class Statistics:
         """Add drawn lesions of the one label to the given ones, which stay as they are, until there are ``count``."""
         if len(self.labels) > 1:
             raise self._unseen(count)
-        if count < max(1, len(lesions)):
-            raise CaseError(f"count {count} is too small: a mask has 1 or more, and {len(lesions)} are given")
+        if count < max(1, len(lesions)) or count % 1:
+            raise CaseError(f"count {count} cannot be: a mask has 1 lesion or more, and {len(lesions)} are given")
         gaps = np.array([abs(n - count) for (n,) in self.counts])
         nearest, given = np.flatnonzero(gaps == gaps.min()), _table(lesions, self.labels)
         for tries in reversed(range(20)):  # begin anew where the first lesions leave no room for the last
@@ -530,7 +533,7 @@ def save_statistics(model: Statistics, path: PathLike) -> None:
     write_json(path, content)
 
 
-def load_statistics(path: PathLike) -> Any:
+def load_statistics(path: PathLike) -> Statistics:
     """Read what `save_statistics` wrote; nothing is fitted anew."""
     if Path(path).suffix.lower() == ".csv":
         raise CaseError(f"{path} is a table, not fitted statistics: give rows by --requests")
@@ -555,7 +558,9 @@ def _read_json(path: PathLike, hint: str) -> Any:
         raise CaseError(f"{path} is not valid JSON ({error}): {hint}") from error
 
 
-def fit_statistics(lesions: Sequence[Sequence[Lesion]], model: Any, labels: Sequence[int], path: PathLike) -> Any:
+def fit_statistics(
+    lesions: Sequence[Sequence[Lesion]], model: Statistics, labels: Sequence[int], path: PathLike
+) -> Statistics:
     """Fit a model to measured masks, write it to ``path`` and its picture beside it; returns the model."""
     model.fit(lesions, labels)
     save_statistics(model, path)
@@ -586,6 +591,7 @@ def report(model: Statistics) -> dict[str, Any]:
         "percentiles": {
             name: {str(q): round(float(np.nanpercentile(column, q)), 6) for q in levels}
             for name, column in zip(names, rows.T)
+            if not np.isnan(column).all()
         },
         "columns": names,
         "pearson": _correlation(rows),
@@ -604,18 +610,18 @@ def plot(model: Statistics, path: PathLike, n: int = 1000, seed: int = 0) -> Non
     from matplotlib.figure import Figure
 
     sets = {"masks": model.masks, "drawn": model.draw(n, np.random.default_rng(seed))}
-    colours = {label: f"C{i % 10}" for i, label in enumerate(model.labels)}
+    present = {lesion.label for mask in model.masks for lesion in mask}
+    colours = {label: f"C{i % 10}" for i, label in enumerate(model.labels) if label in present}
     figure = Figure(figsize=(12, 7.5), layout="constrained")
     axes = figure.subplots(2, 3)
+    frame = {"xlim": (0, 1), "ylim": (1, 0), "xlabel": "x", "ylabel": "y", "aspect": "equal"}
     # As many drawn masks as there are others, for clouds of equal density.
     for axis, (name, masks) in zip(axes[0], sets.items()):
         shown = [lesion for mask in masks[: len(model.masks)] for lesion in mask]
         for label, colour in colours.items():
             points = [(a.x, a.y, 1000 * a.size) for a in shown if a.label == label]
             axis.scatter(*np.reshape(points, (-1, 3)).T, alpha=0.35, color=colour, linewidths=0, label=f"label {label}")
-        axis.set(
-            title=f"{name}: {len(shown)} lesions", xlim=(0, 1), ylim=(1, 0), xlabel="x", ylabel="y", aspect="equal"
-        )
+        axis.set(title=f"{name}: {len(shown)} lesions, area as size", **frame)
     if len(colours) > 1:
         axes[0, 0].legend(fontsize="small")
     for axis, column in zip(axes[1], ("size", "x", "y")):
@@ -624,18 +630,15 @@ def plot(model: Statistics, path: PathLike, n: int = 1000, seed: int = 0) -> Non
         bins = np.linspace(max(0, min(every) - 0.01), min(1, max(every) + 0.01), 30)
         for name, style in (("masks", {"alpha": 0.35}), ("drawn", {"histtype": "step", "linewidth": 1.5})):
             for label, colour in colours.items():
-                axis.hist(
-                    [v for k, v in values[name] if k == label], bins, density=True, color=colour, label=name, **style
-                )
+                of_label = [value for k, value in values[name] if k == label]
+                axis.hist(of_label, bins, density=True, color=colour, label=name, **style)
         axis.set(xlabel=column, ylabel="density", xlim=bins[[0, -1]])
     handles = axes[1, 0].get_legend_handles_labels()[0]
     axes[1, 0].legend(handles[:: len(colours)], sets)
     totals = sorted({len(mask) for masks in sets.values() for mask in masks})
-    for shift, (name, masks) in zip((-0.2, 0.2), sets.items()):
+    for shift, grey, (name, masks) in zip((-0.2, 0.2), ("0.8", "0.5"), sets.items()):
         shares = [sum(len(mask) == total for mask in masks) / len(masks) for total in totals]
-        bars = axes[0, 2].bar(
-            np.arange(len(totals)) + shift, shares, 0.4, color="0.8" if name == "masks" else "0.5", label=name
-        )
+        bars = axes[0, 2].bar(np.arange(len(totals)) + shift, shares, 0.4, color=grey, label=name)
         axes[0, 2].bar_label(bars, [f"{share:.0%}" for share in shares], fontsize="small")
     ticks = {"xticks": range(len(totals)), "xticklabels": totals, "xlim": (-1, len(totals))}
     axes[0, 2].set(title="lesions in a mask", ylabel="share", ylim=(0, 1.1), **ticks)
@@ -672,7 +675,7 @@ def list_requests(
     """
 
     @functools.cache
-    def model() -> Any:
+    def model() -> Statistics:
         fit = load_statistics(statistics)
         if fit.labels != list(labels):
             raise CaseError(f"{statistics} was fitted to labels {fit.labels}, expected {list(labels)}: fit it anew")
@@ -714,11 +717,8 @@ def _read_requests(path: PathLike) -> list[tuple[str, list[Row]]]:
         masks = content.get("masks") if isinstance(content, dict) else None
         if masks and isinstance(masks, list):
             return [
-                (
-                    str(mask.get("name") or ""),
-                    [(i, {"count": mask.get("count"), **a}) for a in _dicts(mask.get("lesions"))],
-                )
-                for i, mask in enumerate(_dicts(masks), 1)
+                (str(m.get("name") or ""), [(i, {"count": m.get("count"), **a}) for a in _dicts(m.get("lesions"))])
+                for i, m in enumerate(_dicts(masks), 1)
             ]
         rows = list(enumerate(_dicts(content), 1)) if content and isinstance(content, list) else []
     else:

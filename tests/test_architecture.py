@@ -21,9 +21,9 @@ COMMON = sorted((REPO / "common").glob("*.py"))
 SOURCES = [*COMMON, *sorted((REPO / "tools").glob("*.py")), *sorted((REPO / "bundles").glob("*/scripts/*.py"))]
 
 LEAVES = {"schedules", "solvers", "semantics", "transforms", "totalsegmentator", "text", "io", "checkpoints"}
-LEAVES |= {"metrics", "phantoms", "execution", "pictures", "workflow"}
+LEAVES |= {"metrics", "phantoms", "mask_phantoms", "execution", "pictures", "workflow"}
 ROOMS = {"unet", "sampler", "conditioning", "siamese", "categorical", "training", "cases"}
-ROOMS |= {"evaluation", "mask_evaluation"}
+ROOMS |= {"evaluation", "mask_evaluation", "mask_sampler"}
 FOR_ALL = {"io", "schedules"}
 
 

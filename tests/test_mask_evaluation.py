@@ -237,6 +237,8 @@ def test_other_shapes_are_told_apart():
     assert compare_shapes(round_, alike)["ks_eccentricity"] < 0.4
     assert compare_shapes(round_, long)["energy"] > 5 * compare_shapes(round_, alike)["energy"]
     assert all(math.isnan(v) for v in compare_shapes(round_, []).values())
+    pierced = [rows + [0, 0, 0, 0, 500] for rows in alike]  # a number that no real mask varies in cannot drown the rest
+    assert 0.1 < compare_shapes(round_, pierced)["energy"] < 5
 
 
 # Copies
@@ -394,6 +396,13 @@ def test_files_that_break_the_promise_are_named(tmp_path):
     result = evaluate_masks(real, folder, **SETTINGS)
     assert result["files"]["foreign_values"] == {str(folder / "a_1_mask.png"): [1, 100, 130]}
     assert result["files"]["differ_from_record"] == [str(folder / "a_2_mask.png")]
+
+    # A single class may have a label value instead of 255, but not both.
+    Image.fromarray(np.where(soft > 200, 7, 0).astype(np.uint8)).save(folder / "a_1_mask.png")
+    anything = {"load": lambda case: {"mask": torch.as_tensor(np.asarray(Image.open(case["mask"])) > 5)[None]}}
+    seven = {**SETTINGS, "labels": (7,), **anything}
+    assert evaluate_masks(real, folder, **seven)["files"]["foreign_values"] == {}
+    assert evaluate_masks(real, folder, **SETTINGS)["files"]["foreign_values"] == {str(folder / "a_1_mask.png"): [7]}
 
     # A run without a record is read too.
     for path in folder.glob("a_*.json"):

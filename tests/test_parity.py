@@ -13,19 +13,23 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
 from monai.inferers import DiffusionInferer
 from monai.transforms import Compose, Orientationd, Resized
+from PIL import Image
+from scipy import stats
 
 from common.checkpoints import read_weights, translate
 from common.conditioning import ConditionPrepareBatch
 from common.sampler import DiffusionSampler, InversionSampler, LayoutGuidedSampler
 from common.schedules import DDPM
+from common.semantics import GaussianProcessKDE, Lesion, components, conditions, size_regressor
 from common.solvers import DPMSolverPP
 from common.training import WeightEMA
-from common.transforms import ColumnScaled, CropNoduled, LayoutToConditiond
+from common.transforms import ColumnScaled, CropNoduled, LayoutToConditiond, ToMaskd
 from tools.import_weights import import_checkpoint
 
 REPO = Path(__file__).resolve().parent.parent
@@ -47,8 +51,19 @@ def numbers(bundle: str, name: str) -> Any:
     return torch.load(parity_file(bundle, name), weights_only=True)
 
 
+def arrays(bundle: str, name: str) -> dict[str, np.ndarray]:
+    with np.load(parity_file(bundle, name)) as file:
+        return dict(file)
+
+
 def settings(bundle: str, name: str) -> Any:
     return json.loads(parity_file(bundle, name).read_text())
+
+
+def files_of_set(bundle: str, pattern: str) -> list[str]:
+    """Names, without the set's prefix, of all files of a kind; the pattern itself if there are none, to be skipped."""
+    found = (PARITY_DIR / bundle).glob(f"{PARITY_SET}_{pattern}")
+    return sorted(path.name.removeprefix(f"{PARITY_SET}_") for path in found) or [pattern]
 
 
 def assert_near(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
@@ -286,3 +301,60 @@ def test_lung_ddpm_plus_crop():
         out = prepare({"image": raw_volume(data["ct_raw"]), "layout": raw_volume(layout)})
         assert_near(torch.as_tensor(out["image"]), case["target"], 1e-6)
         assert_near(torch.as_tensor(out["condition"]), case["condition"], 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# cmdm
+
+
+@pytest.mark.parametrize("name", files_of_set("cmdm", "semantics_*.json"))
+def test_cmdm_semantics_of_masks(name):
+    """Masks bit for bit, components and conditions exactly."""
+    expected = settings("cmdm", name)
+    size = expected["image_size"]
+    binary = arrays("cmdm", name.replace(".json", "_binary.npz"))["masks"]
+    prepare, found = ToMaskd("mask", (size, size)), []
+    for row, theirs in zip(expected["per_file"], binary, strict=True):
+        image = np.array(Image.open(PARITY_DIR / "cmdm" / f"{PARITY_SET}_semantic_masks" / row["file"]))
+        image = image[None] if image.ndim == 2 else np.moveaxis(image, -1, 0)
+        ours = prepare({"mask": MetaTensor(torch.as_tensor(image))})["mask"][0].numpy()
+        assert np.array_equal(ours * 255, theirs), row["file"]
+        _, rows = components(ours > 0, expected["size_threshold"])
+        assert rows.tolist() == [[part["size"], part["x"], part["y"]] for part in row["components"]], row["file"]
+        assert len(rows) == row["count"]
+        found += (rows / [size**2, size, size]).tolist()
+    condition = np.concatenate([conditions([Lesion(*row)], [1]) for row in found])
+    theirs = np.column_stack([expected["size_norm"], expected["location_norm"]])
+    assert np.array_equal(condition, theirs.astype(np.float32))
+
+
+@pytest.mark.parametrize("name", files_of_set("cmdm", "sampling_*.json"))
+def test_cmdm_statistics_of_size_given_place(name):
+    """The Gaussian process with the recorded rows and kernel."""
+    data, expected = arrays("cmdm", name.replace(".json", ".npz")), settings("cmdm", name)
+    regressor = size_regressor(data["X_train"], data["y_train"], expected["gp_theta_log"])
+    mean, deviation = regressor.predict(data["grid_yx"], return_std=True)
+    np.testing.assert_allclose(mean, data["gp_mean"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(deviation, data["gp_std"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(regressor.predict(data["X_test"]), data["y_pred"], rtol=0, atol=1e-6)
+    likelihood = regressor.log_marginal_likelihood(regressor.kernel_.theta)
+    assert likelihood == pytest.approx(expected["gp_log_marginal_likelihood"], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", files_of_set("cmdm", "sampling_*.json"))
+def test_cmdm_statistics_of_the_whole_model(name):
+    """Our fit finds their split, kernel, error and density; our draws are distributed as theirs."""
+    data, expected = arrays("cmdm", name.replace(".json", ".npz")), settings("cmdm", name)
+    scale = np.array([expected["image_size"] ** 2, expected["image_size"], expected["image_size"]])
+    rows = np.column_stack([data["size"], data["x"], data["y"]]) / scale
+    of_masks = np.split(rows, np.cumsum(data["count"])[:-1])
+    model = GaussianProcessKDE().fit([[Lesion(*row) for row in mask.tolist()] for mask in of_masks])
+    np.testing.assert_allclose(rows[model.train][:, [2, 1]], data["X_train"], rtol=0, atol=1e-7)
+    np.testing.assert_allclose(model.regressor.kernel_.theta, expected["gp_theta_log"], rtol=0, atol=1e-3)
+    assert model.error == pytest.approx(expected["mae"], abs=1e-5)
+    np.testing.assert_allclose(model.places.covariance, data["kde_covariance"], rtol=1e-6)
+    assert model.places.factor == pytest.approx(expected["kde_factor"], rel=1e-9)
+    draws = model.propose((1,), 4000, np.random.default_rng(0))[:, 0, 0]
+    theirs = data["draws_size_y_x"][:, [0, 2, 1]] / scale
+    for ours, drawn in zip(draws.T, theirs.T, strict=True):
+        assert stats.ks_2samp(ours, drawn).pvalue > 0.001

@@ -54,9 +54,17 @@ class GatedBlock(TimedBlock):
         self.num_classes = num_classes
         self.size_gate = nn.Linear(num_classes, self.out_channels)
         self.location_gate = nn.Linear(2 * num_classes, self.out_channels)
-        for gate in (self.size_gate, self.location_gate):
-            # Begin open: as torch initialises them, two thirds of the channels would start below 0.05.
-            nn.init.constant_(gate.bias, ONE)
+        self.open_gates()
+
+    def open_gates(self) -> None:
+        """Begin with gates that differ and are open: each is 1 at a statistic of its own, and bends steeply around it.
+
+        As torch initialises them, two thirds of the channels start below 0.05, and all bend outside the image.
+        """
+        for gate, slope, highest in ((self.size_gate, 9.0, 0.3), (self.location_gate, 3.0, 1.0)):
+            nn.init.normal_(gate.weight, std=slope)
+            centre = torch.rand_like(gate.weight) * highest
+            gate.bias.data.copy_(ONE - (gate.weight * centre).sum(dim=1))
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         """Transform ``x`` (B, C, *S) at the time and statistics ``emb`` (B, emb_channels + 3 K)."""
@@ -73,7 +81,7 @@ class GatedBlock(TimedBlock):
 
 
 class GatedUNet(DiffusionUNet):
-    """`DiffusionUNet` whose ``context`` is the statistics of what it is to draw, (B, 3 K): K sizes, then K pairs (x, y).
+    """`DiffusionUNet` whose ``context`` (B, 3 K) says what it is to draw: K sizes, then K pairs (x, y).
 
     All are fractions of the image: area, column, row. State-dict keys are MONAI's, and ``size_gate`` and
     ``location_gate`` in the gated blocks.
@@ -90,14 +98,11 @@ class GatedUNet(DiffusionUNet):
         spatial_dims: int,
         *,
         num_classes: int = 1,
-        coordinates: bool = False,
         time_scale: float = 1.0,
         null: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        grid = spatial_dims if coordinates else 0
-        super().__init__(spatial_dims, num_classes + grid, num_classes, resblock_updown=True, **kwargs)
-        self.coordinates = coordinates
+        super().__init__(spatial_dims, num_classes, num_classes, resblock_updown=True, **kwargs)
         self.time_scale = time_scale
         self.null = null
         self.num_statistics = 3 * num_classes
@@ -126,10 +131,6 @@ class GatedUNet(DiffusionUNet):
         if timesteps is not None:
             timesteps = timesteps * self.time_scale
         emb = self.embed(x, timesteps)
-        if self.coordinates:
-            axes = [torch.linspace(-1, 1, n, device=x.device, dtype=x.dtype) for n in x.shape[2:]]
-            grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))
-            x = torch.cat([x, grid.expand(len(x), *grid.shape)], dim=1)
         if context is None:
             context = torch.full((len(x), self.num_statistics), self.null, device=x.device)
         emb = torch.cat([emb, context.to(emb)], dim=1)
