@@ -6,7 +6,7 @@ In configs it is called ``scripts.common.<room>``. Rooms along the path of the d
 - `cases`: a stream of cases that survives bad ones, a saver that leaves a side-car with each
 - `phantoms`, `mask_phantoms`: procedural bodies and masks, every bundle's default cohort
 - `transforms`: dictionary transforms MONAI lacks
-- `semantics`: size, place and count of what masks show, and new ones drawn like them
+- `semantics`, `mask_statistics`: size, place and count of what masks show, and models that draw new ones
 - `conditioning`: how a condition reaches the network
 - `unet`: the one diffusion U-Net
 - `schedules`, `solvers`: noise schedules and reverse steps

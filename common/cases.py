@@ -99,7 +99,7 @@ class CaseSaver:
     # What does not shape a sample: places, how many, what is done with it afterwards, and what ``--tracking`` adds.
     PLACES: tuple[str, ...] = ("bundle_root", "output_dir", "weights", "batch_size", "num_samples")
     PLACES += ("dataset_dir", "phantoms", "phantom_cases", "phantom_size", "phantom_seed", "phantom_kind")
-    PLACES += ("cases", "statistics", "requests", "count")
+    PLACES += ("cases", "statistics", "count")
     AFTERWARDS = ("_desc_", "run", "real", "real_dir", "masks_dir", "load_real", "extractor", "evaluation", "handlers")
     TRACKING = ("tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0")
 

@@ -58,7 +58,7 @@ def lesions(seed: int, size: int = 128) -> np.ndarray:
 
 
 def heart(seed: int, size: int = 128) -> np.ndarray:
-    """One apical view, uint8 (size, size), rows first: 1 left ventricle, 2 myocardium around it, 3 left atrium below."""
+    """One apical view, uint8 (size, size), rows first: 1 ventricle, 2 myocardium around it, 3 atrium below."""
     rng, (x, y) = np.random.default_rng(seed), _grid(size)
     # Frame of the ventricle: v runs along its axis from apex (-1) to base (1), u across.
     cx, cy = rng.normal(0.5, 0.04, 2) - (0.0, 0.1)

@@ -24,9 +24,10 @@ from scipy import stats
 
 from common.checkpoints import read_weights, translate
 from common.conditioning import ConditionPrepareBatch
+from common.mask_statistics import GaussianProcessKDE, size_regressor
 from common.sampler import DiffusionSampler, InversionSampler, LayoutGuidedSampler
 from common.schedules import DDPM
-from common.semantics import GaussianProcessKDE, Lesion, components, conditions, size_regressor
+from common.semantics import Lesion, components, conditions
 from common.solvers import DPMSolverPP
 from common.training import WeightEMA
 from common.transforms import ColumnScaled, CropNoduled, LayoutToConditiond, ToMaskd
