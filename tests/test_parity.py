@@ -23,7 +23,7 @@ from PIL import Image
 from scipy import stats
 
 from common.checkpoints import read_weights, translate
-from common.conditioning import ConditionPrepareBatch
+from common.conditioning import ConditionPrepareBatch, CrossAttention, Guided
 from common.mask_statistics import GaussianProcessKDE, size_regressor
 from common.sampler import DiffusionSampler, InversionSampler, LayoutGuidedSampler
 from common.schedules import DDPM
@@ -359,3 +359,124 @@ def test_cmdm_statistics_of_the_whole_model(name):
     theirs = data["draws_size_y_x"][:, [0, 2, 1]] / scale
     for ours, drawn in zip(draws.T, theirs.T, strict=True):
         assert stats.ks_2samp(ours, drawn).pvalue > 0.001
+
+
+def cmdm_network(name: str) -> torch.nn.Module:
+    """The authors' checkpoint through the public import path."""
+    network, card = import_checkpoint(
+        REPO / "bundles" / "cmdm", parity_file("cmdm", name.replace(".json", ".pt")), preset="paper"
+    )
+    expected = settings("cmdm", name)
+    assert card["parameters"] == expected["parameters"]
+    assert sum(entry["count"] for entry in card["keys"]["dropped"].values()) == 7, "only the schedule's tables"
+    return network.eval()
+
+
+def cmdm_scheduler(expected: dict) -> DDPM:
+    """As paper.json has it: T + 1 entries, of which entry 0 is never visited."""
+    paper = json.loads((REPO / "bundles/cmdm/configs/paper.json").read_text())["scheduler"]
+    fixed = {k: v for k, v in paper.items() if k[0] != "_" and not str(v).startswith("@")}
+    betas = {"beta_start": expected["beta1"], "beta_end": expected["beta2"]}
+    return DDPM(expected["n_T"] + 1, "linear_exact", **betas, **fixed)
+
+
+CMDM_NETWORKS = files_of_set("cmdm", "net_*.json")
+
+
+def tensors(bundle: str, name: str) -> dict[str, torch.Tensor]:
+    return {key: torch.from_numpy(value) for key, value in arrays(bundle, name).items()}
+
+
+@pytest.mark.parametrize("name", CMDM_NETWORKS)
+def test_cmdm_network(name):
+    data, network = tensors("cmdm", name.replace(".json", ".npz")), cmdm_network(name)
+    probed: dict[str, torch.Tensor] = {}
+    stages = {"time_embed": network.time_embed, "input_block_1": network.down_blocks[0].resnets[0]}
+    stages["output_block_0"] = network.up_blocks[0].resnets[0]
+    # A reference block is a residual block and, where there is one, the attention behind it.
+    if hasattr(network.down_blocks[0], "attentions"):
+        stages["input_block_1"] = network.down_blocks[0].attentions[0]
+    if hasattr(network.up_blocks[0], "attentions"):
+        stages["output_block_0"] = network.up_blocks[0].attentions[0]
+    stages["middle_block"] = network.middle_block
+    for probe, module in stages.items():
+        module.register_forward_hook(lambda _m, _i, out, probe=probe: probed.update({probe: out}))
+    times = data["t"] * settings("cmdm", name)["n_T"]
+    with torch.no_grad():
+        assert_near(network(data["x"], times, data["cond"]), data["eps"], 2e-5)
+        for probe, value in probed.items():
+            assert_near(value, data[f"probe_{probe}"], 2e-5)
+        assert_near(network(data["x"], times), data["eps_null"], 2e-5)
+        assert_near(network(data["x"], times, torch.zeros_like(data["cond"])), data["eps_null"], 2e-5)
+
+
+@pytest.mark.parametrize("name", CMDM_NETWORKS)
+def test_cmdm_training_loss_and_gradients(name):
+    data, expected, network = tensors("cmdm", name.replace(".json", ".npz")), settings("cmdm", name), cmdm_network(name)
+    scheduler = cmdm_scheduler(expected)
+    prepare = ConditionPrepareBatch(expected["n_T"] + 1, first_timestep=1, mode="crossattn", drop=1.0)
+    dropped = torch.where(data["train_drop"][:, None] > 0, prepare.dropped(data["train_cond"]), data["train_cond"])
+    assert_near(dropped, data["train_cond_after_drop"], 0)
+    pred = DiffusionInferer(scheduler)(
+        data["train_x0"],
+        network,
+        data["train_noise"],
+        data["train_t_index"].long(),
+        condition=dropped,
+        mode="crossattn",
+    )
+    loss = torch.nn.functional.mse_loss(pred, data["train_noise"])
+    assert abs(loss.item() - data["train_loss"].item()) <= 1e-6 * max(1, loss.item())
+    loss.backward()
+    rules = json.loads((REPO / "bundles/cmdm/configs/import_rules.json").read_text())["authors"]
+    source = read_weights(parity_file("cmdm", name.replace(".json", ".pt")))["model_state_dict"]
+    known = {key.removeprefix("grad__"): value for key, value in data.items() if key.startswith("grad__")}
+    known = {key if key in source else f"nn_model.{key}": value for key, value in known.items()}
+    assert len(known) >= 5
+    gradients = {key: parameter.grad for key, parameter in network.named_parameters()}
+    marks = translate({k: torch.full_like(v, float(k in known)) for k, v in source.items()}, rules, gradients)
+    theirs = translate({k: known.get(k, torch.zeros_like(v)) for k, v in source.items()}, rules, gradients)
+    assert sum(bool(mark.any()) for mark in marks.values()) >= len(known)
+    for key, mark in marks.items():
+        assert_near(gradients[key] * mark, theirs[key], 1e-5)
+
+
+@pytest.mark.parametrize("name", CMDM_NETWORKS)
+def test_cmdm_chains(name):
+    """Whole reverse chains with every draw recorded, for each guidance weight w: our scale is 1 + w."""
+    data, expected, network = tensors("cmdm", name.replace(".json", ".npz")), settings("cmdm", name), cmdm_network(name)
+    size = (expected["image_size"],) * 2
+    for weight in expected["guide_weights"]:
+        # The reference draws nothing at the last step, where ours draws and does not use it.
+        replay = Replay([*data["sample_noise"], torch.zeros(1)])
+        guided = Guided(CrossAttention(), 1 + weight)
+        sampler = DiffusionSampler(cmdm_scheduler(expected), expected["n_T"], condition=guided, latent_shape=size)
+        assert_near(sampler(data["sample_cond"], network, noise=replay), data[f"sample_out_w{weight}"], 2e-4)
+        assert not replay.draws
+
+
+@pytest.mark.parametrize("name", files_of_set("cmdm", "schedules.npz"))
+def test_cmdm_schedules(name):
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in tensors("cmdm", name).items():
+        prefix, _, table = key.rpartition("__")
+        groups.setdefault(prefix, {})[table] = value
+    for prefix, tables in groups.items():
+        b1, b2, steps = (float(part.partition("=")[2]) for part in prefix.split(","))
+        scheduler = cmdm_scheduler({"n_T": int(steps), "beta1": b1, "beta2": b2})
+        alpha, abar, beta = scheduler.alphas, scheduler.alphas_cumprod, scheduler.betas
+        # The reference takes 1 - abar in float32, where digits cancel near 0: compare what it took the root of.
+        tables["mab_over_sqrtmab"] = tables["mab_over_sqrtmab"] * tables["sqrtmab"]
+        tables["sqrtmab"] = tables["sqrtmab"] ** 2
+        ours = {
+            "alpha_t": alpha,
+            "oneover_sqrta": 1 / alpha.sqrt(),
+            "sqrt_beta_t": beta.sqrt(),
+            "alphabar_t": abar,
+            "sqrtab": abar.sqrt(),
+            "sqrtmab": 1 - abar,
+            "mab_over_sqrtmab": beta,
+        }
+        assert set(ours) == set(tables)
+        for table, values in tables.items():
+            assert_near(ours[table].to(values), values, 5e-7)
