@@ -16,6 +16,7 @@ In configs it is called ``scripts.common.<room>``. Rooms along the path of the d
 - `execution`: precision, memory format, attention, compilation
 - `training`: EMA, exact resume, progress, previews
 - `checkpoints`: other people's weights into our networks
-- `metrics`, `evaluation`, `mask_evaluation`: how good synthetic images and masks are, in numbers and as a report
+- `metrics`, `evaluation`, `mask_metrics`, `mask_evaluation`: how good synthetic images and masks are, in numbers and as
+  a report
 - `pictures`: slices, montages and GIFs as a radiologist looks at them
 """

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from monai.data.image_writer import resolve_writer
+from monai.data.image_writer import PILWriter, resolve_writer
 from torch.utils.data import IterableDataset
 
 from .io import Case, CaseError, atomic_path, sha256, write_json
@@ -223,8 +223,12 @@ class CaseSaver:
                 raise CaseError(f"output_dir {self.output_dir} holds the input {file}: choose another --output_dir")
 
     def _write(self, path: Path, image: torch.Tensor, dtype: str) -> None:
-        writer = resolve_writer(self.extension.lstrip("."))[0](output_dtype=np.dtype(dtype))
-        writer.set_data_array(image, channel_dim=0)
+        # The writer of PNG would clip to [0, 1] and stretch: what comes is what is to be written.
+        writer = resolve_writer(self.extension.lstrip("."))[0](output_dtype=np.dtype(dtype), scale=None)
+        # A mask in a volume's file keeps a third axis, of length one.
+        dims = image.ndim - 1
+        squeeze = dims == 3 or isinstance(writer, PILWriter)
+        writer.set_data_array(image, channel_dim=0, squeeze_end_dims=squeeze, spatial_ndim=dims)
         writer.set_metadata(getattr(image, "meta", None), resample=False)
         writer.write(str(path), verbose=False)
 

@@ -8,12 +8,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
 Case = dict[str, Any]
+
+# What MONAI has readers for; other files in a folder of images (notes, tables) are passed over.
+IMAGES: tuple[str, ...] = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".dcm", ".npy", ".npz")
+IMAGES += (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif")
 
 
 class CaseError(ValueError):
@@ -162,6 +169,9 @@ def _read_folders(root: Path, folders: Mapping[str, str], optional: Sequence[str
             raise FileNotFoundError(f"{root} has no folder {folder}/ ({key}): expected {_wanted(folders)}")
         for path in sorted((root / folder).iterdir()):
             if path.name.startswith(".") or not path.is_file():
+                continue
+            if not path.name.lower().endswith(IMAGES):
+                logger.warning(f"{path} is passed over: not the name of an image file")
                 continue
             case = found.setdefault(stem(path), {})
             if key in case:

@@ -6,7 +6,7 @@ the left, sagittal slices the front on the left, as on a light box.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,32 @@ def picture_of(mask: np.ndarray, height: int = 96) -> Image.Image:
         picture[inside > 0] = colours[k % len(colours)]
     size = (round(height * mask.shape[2] / mask.shape[1]), height)
     return ImageOps.expand(Image.fromarray(picture).resize(size, Image.Resampling.NEAREST), 1, (90, 90, 90))
+
+
+def asked_for(
+    mask: np.ndarray, asked: Sequence[Mapping[str, float]], caption: Sequence[str] = (), height: int = 144
+) -> Image.Image:
+    """A mask with what it was asked to hold drawn over it: a disc's rim of each asked area, a cross at its centre.
+
+    Args:
+        mask: (K, H, W), rows first.
+        asked: lesions as a side-car tells them: size, x and y as fractions of the image.
+        caption: lines to stand below.
+        height: of the mask's picture in pixels.
+    """
+    picture, line, rim = picture_of(mask, height), 15, 1
+    sheet = ImageOps.expand(picture, (0, 0, 0, line * len(caption) + 2))
+    draw, width = ImageDraw.Draw(sheet), picture.width - 2 * rim
+    for lesion in asked:
+        x, y = rim + lesion["x"] * width, rim + lesion["y"] * height
+        radius = float(np.sqrt(lesion["size"] * width * height / np.pi))
+        colour = COLOURS[1] if len(mask) == 1 else (255, 255, 255)
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, width=2)
+        draw.line((x - 4, y, x + 4, y), fill=colour, width=2)
+        draw.line((x, y - 4, x, y + 4), fill=colour, width=2)
+    for i, text in enumerate(caption):
+        draw.text((4, picture.height + line * i), text, fill=(255, 255, 255), font_size=11)
+    return sheet
 
 
 def save_gif(frames: Sequence[Image.Image], path: str | Path, seconds: float = 6.0) -> None:

@@ -121,13 +121,15 @@ class CheckCased(MapTransform):
 
 
 class ToMaskd(MapTransform):
-    """Loaded annotation masks as one channel per class, {0, 1}, at the network's size.
+    """Loaded annotation masks as one channel per class, {0, 1}, at the network's size, rows first.
+
+    The one place, with `FromMaskd`, where axes are swapped: MONAI loads a picture's columns first.
 
     Bilinear without anti-aliasing and a threshold at one half, as CMDM does it, bit for bit: other resampling moves a
     rim by up to a hundred pixels.
 
     Args:
-        keys: masks (C, H, W), rows first, C = 1, or 3 and 4 (colour: its green channel counts).
+        keys: masks (C, W, H), C = 1, or 3 and 4 (colour: its green channel counts); a slice (C, W, H, 1) will do.
         image_size: size (H, W) of the result.
         labels: values of the classes, K of them; None for a binary 8-bit mask, foreground above 127.
     """
@@ -145,10 +147,11 @@ class ToMaskd(MapTransform):
         return data
 
     def classes(self, mask: torch.Tensor, name: str) -> torch.Tensor:
-        """One mask (C, H, W) -> (K, *image_size) in {0, 1}."""
+        """One mask (C, W, H) -> (K, *image_size) in {0, 1}."""
+        mask = mask[..., 0] if mask.ndim == 4 and mask.shape[-1] == 1 else mask
         if mask.ndim != 3 or min(mask.shape[1:]) < 2:
             raise CaseError(f"{name} has shape {tuple(mask.shape)}, expected one 2-D mask: take a slice of it")
-        values = torch.as_tensor(mask[1 if len(mask) >= 3 else 0]).float()
+        values = torch.as_tensor(mask[1 if len(mask) >= 3 else 0]).float().T
         if self.labels is None:
             if 0 < values.max() <= 1:
                 raise CaseError(f"{name} has no value above 1: masks are 0 and 255, else name the labels: --labels [1]")
@@ -164,7 +167,7 @@ class ToMaskd(MapTransform):
 
 
 class FromMaskd(MapTransform):
-    """The way back from `ToMaskd`: classes (K, H, W) -> a mask (1, H, W) of label values, or of 0 and 255.
+    """The way back from `ToMaskd`: classes (K, H, W) -> a mask (1, W, H) of label values, or of 0 and 255.
 
     Where classes overlap the later one wins, as if painted in their order.
 
@@ -184,7 +187,7 @@ class FromMaskd(MapTransform):
             mask = torch.zeros_like(data[key][:1])
             for value, inside in zip(self.values, data[key], strict=True):
                 mask[0][inside > 0] = value
-            data[key] = mask
+            data[key] = mask.transpose(1, 2)
         return data
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,9 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 from common.phantoms import thorax_cohort  # noqa: E402
+from common.semantics import Lesion  # noqa: E402
+
+SIDE = 64  # of drawn masks
 
 torch.set_num_threads(1)
 
@@ -94,3 +98,31 @@ def touch(root: Path, *names: str) -> Path:
 
 def names(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
+
+
+def ellipse(size: float, x: float, y: float, aspect: float = 1.0, angle: float = 0.0, side: int = SIDE) -> np.ndarray:
+    """A filled ellipse of that area and centre, in fractions of the image."""
+    rows, columns = np.mgrid[:side, :side] - side * np.array([y, x]).reshape(2, 1, 1)
+    u, v = columns * np.cos(angle) + rows * np.sin(angle), rows * np.cos(angle) - columns * np.sin(angle)
+    return u**2 / aspect + v**2 * aspect <= size * side**2 / np.pi
+
+
+def draw(n: int, seed: int = 0, scale: float = 1.0) -> list[list[Lesion]]:
+    """Lesions of n masks, one in four masks with two of them; large ones nearer to the centre."""
+    rng, masks = np.random.default_rng(seed), []
+    for _ in range(n):
+        sizes = rng.lognormal(-3, 0.4, 1 + (rng.random() < 0.25)).clip(0.01, 0.12)
+        spots = rng.permutation([0.28, 0.72])
+        masks.append(
+            [
+                Lesion(float(scale * s), float(c + rng.normal(0, 0.04)), 0.5 + float(rng.normal(0, 0.08)))
+                for s, c in zip(sizes, spots)
+            ]
+        )
+    return masks
+
+
+def paint(lesions: list[Lesion], rng: np.random.Generator) -> np.ndarray:
+    """A mask that holds the lesions, as ellipses of some aspect."""
+    shapes = [ellipse(n.size, n.x, n.y, rng.uniform(0.8, 1.25), rng.uniform(0, 3)) for n in lesions]
+    return np.any([np.zeros((SIDE, SIDE), bool), *shapes], axis=0)

@@ -23,7 +23,7 @@ SOURCES = [*COMMON, *sorted((REPO / "tools").glob("*.py")), *sorted((REPO / "bun
 LEAVES = {"schedules", "solvers", "semantics", "transforms", "totalsegmentator", "text", "io", "checkpoints"}
 LEAVES |= {"metrics", "phantoms", "mask_phantoms", "execution", "pictures", "workflow"}
 ROOMS = {"unet", "sampler", "conditioning", "siamese", "categorical", "training", "cases"}
-ROOMS |= {"evaluation", "mask_evaluation", "mask_sampler", "mask_statistics"}
+ROOMS |= {"evaluation", "mask_evaluation", "mask_metrics", "mask_sampler", "mask_statistics"}
 FOR_ALL = {"io", "schedules"}
 
 

@@ -6,16 +6,19 @@ A session-wide training leaves weights that the tests of synthesis share; each t
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from conftest import run_command
 from monai.transforms import LoadImage
+from PIL import Image
 
 from tools import verify
 
@@ -23,8 +26,8 @@ pytestmark = pytest.mark.bundle
 
 REPO = Path(__file__).resolve().parents[1]
 NAMES = sorted(path.parent.name for path in (REPO / "bundles").glob("*/configs"))
-TINY = {"channels": [8, 8], "attention_levels": [False, True], "norm_num_groups": 4, "image_size": [16, 16, 16]}
-TINY |= {"phantom_cases": 3, "phantom_size": [24, 24, 24], "val_cases": 1}
+TINY = {"channels": [8, 8], "attention_levels": [False, True], "norm_num_groups": 4, "image_size": 16}
+TINY |= {"phantom_cases": 3, "phantom_size": 24, "val_cases": 1}
 Runner = Callable[..., object]
 
 
@@ -35,8 +38,12 @@ class Smoke(NamedTuple):
     trained: Path
     synthetic: Path
 
+    @property
+    def bundle(self) -> Path:
+        return REPO / "bundles" / self.name
+
     def overlays(self, pattern: str) -> list[str]:
-        return sorted(path.stem for path in (REPO / "bundles" / self.name / "configs").glob(f"{pattern}.json"))
+        return sorted(path.stem for path in (self.bundle / "configs").glob(f"{pattern}.json"))
 
 
 @pytest.fixture(scope="session", params=NAMES)
@@ -51,41 +58,91 @@ def smoke(request: pytest.FixtureRequest, run_bundle: Runner, tmp_path_factory: 
     return Smoke(request.param, trained, synthetic)
 
 
-def images(folder: Path) -> dict[str, bytes]:
-    """The synthetic files in a folder -> {name: content}."""
-    return {name: (folder / name).read_bytes() for card in sidecars(folder) for name in card["made_by"]["outputs"]}
-
-
 def sidecars(folder: Path) -> list[dict]:
     contents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     return [content for content in contents if "made_by" in content]
 
 
+def outputs(folder: Path) -> dict[Path, str]:
+    """The synthetic files in a folder -> the name of their case."""
+    made = (card["made_by"] for card in sidecars(folder))
+    return {folder / name: made_by["case"]["name"] for made_by in made for name in made_by["outputs"]}
+
+
+def images(folder: Path) -> dict[str, bytes]:
+    """The synthetic files in a folder -> {name: content}."""
+    return {path.name: path.read_bytes() for path in outputs(folder)}
+
+
+def times(folder: Path) -> dict[Path, int]:
+    """When each synthetic file was written."""
+    return {path: path.stat().st_mtime_ns for path in outputs(folder)}
+
+
 def test_training_leaves_plain_weights_and_traces(smoke: Smoke) -> None:
     state = torch.load(smoke.trained / "model.pt", weights_only=True)
-    network = verify.build(verify.parser(REPO / "bundles" / smoke.name, "inference", "smoke"))
+    network = verify.build(verify.parser(smoke.bundle, "inference", "smoke"))
     network.load_state_dict(state, strict=True, assign=True)
     assert all(value.isfinite().all() for value in state.values())
     assert {path.name for path in (smoke.trained / "preview").iterdir()} == {"epoch_0001.png", "epoch_0002.png"}
     assert list(smoke.trained.glob("events.out.tfevents.*"))
 
 
-def test_synthetic_images_read_back(smoke: Smoke) -> None:
+def test_every_case_is_synthesised_and_reads_back(smoke: Smoke) -> None:
     assert verify.check_synthesis(smoke.synthetic) == []
-    config = verify.read(REPO / "bundles" / smoke.name / "configs" / "smoke.json")
-    assert len(sidecars(smoke.synthetic)) == config["phantom_cases"]
-    # Where nothing is synthesised the original stays, with whatever values it has.
-    low, high = verify.read(REPO / "bundles" / smoke.name / "configs" / "inference.json").get("hu_window", [0, 255])
-    load = LoadImage(image_only=True, dtype=None)
-    for card in sidecars(smoke.synthetic):
-        image, original = (
-            load(smoke.synthetic / f"{card['made_by']['case']['name']}_image.nii.gz"),
-            load(card["made_by"]["case"]["image"]),
-        )
-        assert min(low, original.min()) <= image.min() < image.max() <= max(high, original.max())
-        assert np.issubdtype(image.numpy().dtype, np.integer)
-        assert not torch.equal(image, original)
+    parsed = verify.parser(smoke.bundle, "inference", "smoke")
+    parsed["output_dir"], parsed["weights"] = str(smoke.synthetic), str(smoke.trained / "model.pt")
+    cases = sorted(parsed.get_parsed_content("cases"), key=lambda case: case["name"])
+    assert [card["made_by"]["case"] for card in sidecars(smoke.synthetic)] == cases
+    assert set(outputs(smoke.synthetic).values()) == {case["name"] for case in cases}
     assert not list(smoke.synthetic.rglob(".tmp-*")), "a temporary file was left behind"
+
+
+def test_synthesis_changes_the_original_within_the_window(smoke: Smoke) -> None:
+    # Where nothing is synthesised the original stays, with whatever values it has.
+    low, high = verify.read(smoke.bundle / "configs" / "inference.json").get("hu_window", [0, 255])
+    load = LoadImage(image_only=True, dtype=None)
+    for path, case in ((p, c["made_by"]["case"]) for c in sidecars(smoke.synthetic) for p in c["made_by"]["outputs"]):
+        if "image" in case and path.startswith(f"{case['name']}_image."):
+            image, original = load(smoke.synthetic / path), load(case["image"])
+            assert min(low, original.min()) <= image.min() < image.max() <= max(high, original.max())
+            assert np.issubdtype(image.numpy().dtype, np.integer)
+            assert not torch.equal(image, original)
+
+
+def paint(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    Image.fromarray(change(np.array(Image.open(path)))).save(path)
+
+
+def rewrite(path: Path, change: Callable[[np.ndarray, np.ndarray], tuple]) -> None:
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(*change(np.asarray(image.dataobj), image.affine)), path)
+
+
+# Harm to a synthetic file -> what the check says.
+HARM: dict[str, tuple[Callable[[Path], None], str]] = {
+    "lost": (Path.unlink, "no "),
+    "foreign value.png": (lambda p: paint(p, lambda m: np.where(m == m.max(), 7, m).astype(np.uint8)), "holds [7]"),
+    "16 bits.png": (lambda p: paint(p, lambda m: m.astype(np.uint16)), "uint16"),
+    "size.png": (lambda p: paint(p, lambda m: m[1:]), "expected uint8"),
+    "mirrored.png": (lambda p: paint(p, lambda m: m[:, ::-1]), "its side-car says"),
+    "emptied.png": (lambda p: paint(p, np.zeros_like), "its side-car says"),
+    "grid.nii.gz": (lambda p: rewrite(p, lambda v, a: (v[1:], a)), "not on the grid"),
+    "place.nii.gz": (lambda p: rewrite(p, lambda v, a: (v, a + np.eye(4)[0] * 9)), "not on the grid"),
+    "constant.nii.gz": (lambda p: rewrite(p, lambda v, a: (np.zeros_like(v), a)), "is constant"),
+}
+
+
+def test_a_harmed_file_is_noticed(smoke: Smoke, tmp_path: Path) -> None:
+    made = [p for p in outputs(smoke.synthetic) if p.suffix != ".png" or np.asarray(Image.open(p)).any()]
+    kind = "".join(made[0].suffixes[-2:])
+    for name, (harm, words) in ((n, h) for n, h in HARM.items() if n.endswith(kind) or "." not in n):
+        folder = tmp_path / name
+        shutil.copytree(smoke.synthetic, folder)
+        harm(folder / made[0].name)
+        (problem,) = verify.check_synthesis(folder)
+        assert words in problem, name
+        assert made[0].name in problem
 
 
 def test_sidecars_tell_where_an_image_comes_from(smoke: Smoke) -> None:
@@ -100,7 +157,7 @@ def test_sidecars_tell_where_an_image_comes_from(smoke: Smoke) -> None:
 
 
 def test_synthesis_from_the_bundle_folder_is_the_same(smoke: Smoke, run_bundle: Runner, tmp_path: Path) -> None:
-    bundle = REPO / "bundles" / smoke.name
+    bundle = smoke.bundle
     places = {"output_dir": tmp_path, "weights": smoke.trained / "model.pt"}
     done = run_bundle(smoke.name, "inference", "smoke", cwd=bundle, **places)
     assert done.returncode == 0, done.stdout
@@ -108,9 +165,11 @@ def test_synthesis_from_the_bundle_folder_is_the_same(smoke: Smoke, run_bundle: 
 
 
 def test_training_from_the_bundle_folder_with_knobs(smoke: Smoke, run_bundle: Runner, tmp_path: Path) -> None:
-    bundle = REPO / "bundles" / smoke.name
+    bundle = smoke.bundle
     known = verify.read(bundle / "configs" / "train.json")
+    dims = len(known["image_size"])
     knobs = {key: value for key, value in TINY.items() if key in known}
+    knobs |= {k: [v] * dims for k, v in knobs.items() if isinstance(known[k], list) and not isinstance(v, list)}
     done = run_bundle(smoke.name, "train", cwd=bundle, epochs=1, output_dir=tmp_path, **knobs)
     assert done.returncode == 0, done.stdout
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] == 1
@@ -124,19 +183,15 @@ def test_misspelt_knob_is_refused(smoke: Smoke, run_bundle: Runner, tmp_path: Pa
 
 
 def test_finished_cases_are_skipped(smoke: Smoke, run_bundle: Runner) -> None:
-    times = {path: path.stat().st_mtime_ns for path in smoke.synthetic.glob("*.nii.gz")}
-    gone = min(path for path in times if path.name.endswith("_image.nii.gz"))
-    before = images(smoke.synthetic)
+    cases, written, before = outputs(smoke.synthetic), times(smoke.synthetic), images(smoke.synthetic)
+    gone = min(cases)
     gone.unlink()
     places = {"output_dir": smoke.synthetic, "weights": smoke.trained / "model.pt"}
     done = run_bundle(smoke.name, "inference", "smoke", **places)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("already finished, skipped") == len(sidecars(smoke.synthetic)) - 1
     assert images(smoke.synthetic) == before, "the case that was lost came back as another one"
-    case = gone.name.removesuffix("_image.nii.gz")
-    assert {
-        path.name.split("_image")[0].split("_layout")[0] for path, t in times.items() if path.stat().st_mtime_ns != t
-    } == {case}
+    assert {cases[path] for path, time in times(smoke.synthetic).items() if written[path] != time} == {cases[gone]}
 
 
 def test_sidecar_makes_the_case_again(smoke: Smoke, tmp_path: Path) -> None:
@@ -159,14 +214,35 @@ def test_sidecar_makes_the_case_again(smoke: Smoke, tmp_path: Path) -> None:
 
 
 def test_evaluation_reports_numbers(smoke: Smoke, run_bundle: Runner) -> None:
-    before = {path: path.stat().st_mtime_ns for path in smoke.synthetic.glob("*.nii.gz")}
+    before = times(smoke.synthetic)
     places = {"output_dir": smoke.synthetic, "weights": smoke.trained / "model.pt"}
     done = run_bundle(smoke.name, "inference", "evaluate", "smoke", **places)
     assert done.returncode == 0, done.stdout
     report = json.loads((smoke.synthetic / "evaluation.json").read_text())
     assert any(isinstance(value, (int, float)) for _, value in verify.walk(report))
     assert "|" in (smoke.synthetic / "evaluation.md").read_text()
-    assert before == {path: path.stat().st_mtime_ns for path in before}, "evaluation made finished cases again"
+    assert before == times(smoke.synthetic), "evaluation made finished cases again"
+
+
+def test_statistics_alone(smoke: Smoke, run_bundle: Runner, tmp_path: Path) -> None:
+    """`fit.json` measures all masks without training, and synthesis takes what it wrote with any weights."""
+    for overlay in smoke.overlays("fit"):
+        done = run_bundle(smoke.name, "train", "smoke", overlay, output_dir=tmp_path / "fit")
+        assert done.returncode == 0, done.stdout
+        statistics = tmp_path / "fit" / "statistics.json"
+        assert {path.name for path in statistics.parent.iterdir()} == {
+            "phantoms",
+            "statistics.json",
+            "statistics.png",
+        }, "it trained"
+        assert Image.open(statistics.with_suffix(".png")).width > 500
+        held = json.loads(statistics.read_text())
+        config = verify.read(smoke.bundle / "configs" / "smoke.json")
+        assert len(held["masks"]) + held["empty"] == config["phantom_cases"], "none is kept for validation"
+        places = {"output_dir": tmp_path / "out", "weights": smoke.trained / "model.pt", "statistics": statistics}
+        done = run_bundle(smoke.name, "inference", "smoke", num_samples=1, **places)
+        assert done.returncode == 0, done.stdout
+        assert verify.check_synthesis(tmp_path / "out") == []
 
 
 def test_stages(smoke: Smoke, run_bundle: Runner, tmp_path: Path) -> None:

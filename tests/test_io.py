@@ -168,3 +168,11 @@ def test_seeds_depend_on_seed_name_and_sample_alone(tmp_path: Path) -> None:
     assert list_cases(tmp_path, FOLDERS, num_samples=3, seed=7) == cases[3:]
     assert list_cases(tmp_path, FOLDERS, seed=7)[0]["seed"] == cases[3]["seed"] == case_seed(7, "b/0")
     assert list_cases(tmp_path, FOLDERS, seed=8)[0]["seed"] != cases[3]["seed"]
+
+
+def test_files_that_are_no_images_are_passed_over_by_name(tmp_path, caplog):
+    touch(tmp_path, "masks/a.png", "masks/b.JPG", "masks/notes.txt", "masks/table.csv", "masks/.DS_Store")
+    cases = list_cases(tmp_path, {"mask": "masks"})
+    assert [case["name"] for case in cases] == ["a", "b"]
+    assert "notes.txt is passed over" in caplog.text
+    assert ".DS_Store" not in caplog.text

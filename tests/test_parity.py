@@ -318,7 +318,8 @@ def test_cmdm_semantics_of_masks(name):
     for row, theirs in zip(expected["per_file"], binary, strict=True):
         image = np.array(Image.open(PARITY_DIR / "cmdm" / f"{PARITY_SET}_semantic_masks" / row["file"]))
         image = image[None] if image.ndim == 2 else np.moveaxis(image, -1, 0)
-        ours = prepare({"mask": MetaTensor(torch.as_tensor(image))})["mask"][0].numpy()
+        columns_first = MetaTensor(torch.as_tensor(image).transpose(1, 2))
+        ours = prepare({"mask": columns_first})["mask"][0].numpy()
         assert np.array_equal(ours * 255, theirs), row["file"]
         _, rows = components(ours > 0, expected["size_threshold"])
         assert rows.tolist() == [[part["size"], part["x"], part["y"]] for part in row["components"]], row["file"]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from common.pictures import centre_of, montage, plane, planes, save_gif, save_png
+from common.pictures import COLOURS, asked_for, centre_of, montage, plane, planes, save_gif, save_png
 
 
 def marked(axis: int) -> np.ndarray:
@@ -55,3 +56,18 @@ def test_layout_is_tinted_and_files_are_written(tmp_path):
     save_gif([sheet, sheet.rotate(180)], tmp_path / "scroll.gif")
     assert Image.open(tmp_path / "sheet.png").size == sheet.size
     assert Image.open(tmp_path / "scroll.gif").n_frames == 2
+
+
+def test_what_was_asked_is_drawn_where_and_as_large_as_asked():
+    mask = np.zeros((1, 50, 100))
+    mask[:, :, 50:] = 1
+    picture = asked_for(mask, [{"size": 0.1, "x": 0.25, "y": 0.5}], ["one", "two"], height=100)
+    pixels = np.asarray(picture)
+    rows, columns = np.nonzero((pixels == COLOURS[1]).all(axis=-1))
+    assert picture.size[0] == 202
+    assert picture.size[1] > 102, "room for the caption"
+    assert (pixels[1:101, 110:200] == 255).all(), "the mask stays white on the right: rows first"
+    assert (rows.mean() - 1, columns.mean() - 1) == pytest.approx((50, 50), abs=1)
+    radius = np.sqrt(0.1 * 200 * 100 / np.pi)
+    assert np.ptp(columns) == pytest.approx(2 * radius, abs=2)
+    assert np.ptp(rows) == pytest.approx(2 * radius, abs=2)

@@ -20,11 +20,13 @@ from common.transforms import (
     ColumnUnscaled,
     CropNoduled,
     FillMissingImaged,
+    FromMaskd,
     LayoutToConditiond,
     LoadCased,
     MapLayoutd,
     PasteBackd,
     PlaceNoduled,
+    ToMaskd,
 )
 
 AFFINE = np.array([[0, -2.0, 0, 5], [1, 0, 0, 6], [0, 0, 3, 7], [0, 0, 0, 1]])
@@ -361,3 +363,44 @@ def test_pasting_keeps_the_prediction_where_the_original_is_unknown() -> None:
     paste = PasteBackd("pred", "original", "label", [1, 2])
     assert (paste(data)["pred"] == 5).all()
     assert paste({"pred": pred})["pred"] is pred
+
+
+def drawn(*values: int, size: int = 8) -> MetaTensor:
+    """A mask of vertical stripes, one of each value, columns first as MONAI loads it."""
+    return MetaTensor(torch.tensor(values).repeat_interleave(size)[None, :, None].expand(1, -1, 2 * size).clone())
+
+
+def test_a_binary_mask_becomes_one_channel_of_zero_and_one():
+    out = ToMaskd("mask", (16, 16))({"mask": drawn(0, 127, 128, 255)})["mask"]
+    assert out.shape == (1, 16, 16)
+    assert out.dtype == torch.float32
+    assert out[0, 0].tolist() == [0] * 8 + [1] * 8, "127 is background, 128 foreground"
+
+
+def test_the_green_channel_of_a_colour_mask_counts():
+    colours = torch.stack([torch.full((8, 8), 255), torch.zeros(8, 8), torch.full((8, 8), 255)])
+    assert ToMaskd("mask", (8, 8))({"mask": MetaTensor(colours)})["mask"].sum() == 0
+    colours[1, :, :4] = 200
+    assert ToMaskd("mask", (8, 8))({"mask": MetaTensor(colours)})["mask"].sum() == 32
+
+
+def test_label_maps_become_a_channel_of_each_label_and_back():
+    mask = drawn(0, 3, 1, 3)
+    rows_first = mask.shape[:0:-1]
+    classes = ToMaskd("mask", rows_first, labels=[1, 3])({"mask": mask})
+    assert classes["mask"].shape == (2, *rows_first)
+    assert classes["mask"][0, 0].tolist() == [0] * 16 + [1] * 8 + [0] * 8, "the first row"
+    assert torch.equal(FromMaskd("mask", labels=[1, 3])(classes)["mask"].long(), torch.as_tensor(mask))
+    binary = ToMaskd("mask", rows_first)({"mask": 255 * (mask > 0)})
+    assert torch.equal(FromMaskd("mask")(binary)["mask"], 255.0 * (torch.as_tensor(mask) > 0))
+
+
+@pytest.mark.parametrize(("mask", "labels", "message"), [
+    (drawn(0, 1), None, r"no value above 1: masks are 0 and 255, else name the labels: --labels \[1\]"),
+    (drawn(0, 1, 7), [1, 2], r"holds 7, not in --labels \[1, 2\]"),
+    (MetaTensor(torch.zeros(1, 4, 4, 3)), None, "expected one 2-D mask"),
+])  # fmt: skip
+def test_masks_that_cannot_be_meant_are_refused(mask, labels, message):
+    mask.meta["filename_or_obj"] = "folder/odd.png"
+    with pytest.raises(CaseError, match=f"odd.png.*{message}"):
+        ToMaskd("mask", (8, 8), labels)({"mask": mask})

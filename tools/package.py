@@ -63,13 +63,24 @@ def bake(files: dict[str, bytes], preset: str) -> None:
 
 
 def replace_weights(files: dict[str, bytes], weights: Path) -> None:
-    """Put other weights, with the card that lies beside them or a minimal one, in the place of models/model.pt."""
+    """Put other weights in the place of models/model.pt, with what lies beside them: card, statistics and the like.
+
+    Without a card they get a minimal one; what else models/ holds (statistics, not other weights) stays if they bring
+    none.
+    """
     card: dict[str, Any] = {"source": {"file": weights.name}}
     if weights.with_suffix(".json").is_file():
         card = json.loads(weights.with_suffix(".json").read_text(encoding="utf-8"))
     files["models/model.pt"] = weights.read_bytes()
     card["weights_sha256"] = hashlib.sha256(files["models/model.pt"]).hexdigest()
     files["models/model.json"] = _json(card)
+    others = {name.rpartition(".")[0] for name in files if re.fullmatch(r"models/.*\.pt", name)}
+    for name in [name for name in files if name.startswith("models/") and name.rpartition(".")[0] not in others]:
+        beside = weights.with_name(Path(name).name)
+        if beside.is_file():
+            files[name] = beside.read_bytes()
+        else:
+            print(f"package: no {beside}: {name} stays as it is", file=sys.stderr)
 
 
 def _content(files: dict[str, bytes], name: str) -> dict[str, Any]:

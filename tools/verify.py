@@ -25,17 +25,26 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_net_in_out
 from monai.transforms import LoadImage
+from PIL import Image
 
 REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+from common.semantics import Lesion, measure  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is expected, as data
 
 # Parameters of the published networks, by the configs that build them.
 PAPER_PARAMETERS: dict[str, dict[tuple[str, ...], int]] = {
+    "cmdm": {
+        ("train", "paper"): 130_378_113,
+        ("inference", "paper"): 130_378_113,
+    },
     "lung_ddpm": {
         ("train", "paper"): 40_226_433,
         ("inference", "paper"): 40_226_433,
@@ -50,8 +59,8 @@ MAY_DIFFER = {
     "output_dir": "training and synthesis write to different folders",
     "phantom_cases": "training needs more of them",
     "phantom_seed": "synthesis starts from bodies that training has not seen",
-    "cases": "synthesis does without images, repeats cases, and goes on after a bad one",
-    "preprocessing": "synthesis also places nodules and keeps the original; `load` and `to_network` are shared",
+    "cases": "training reads real cases; synthesis needs fewer files or none, repeats cases, goes on after a bad one",
+    "preprocessing": "synthesis prepares what is asked, training real images; what both do is shared by id",
     "run": "each file's own verb",
 }
 
@@ -125,6 +134,11 @@ def build(parsed: ConfigParser, device: str = "meta") -> torch.nn.Module:
         return parsed.get_parsed_content("network_def").eval()
 
 
+def channels_of(network: Any) -> tuple[int, int]:
+    """Channels that a network takes and gives."""
+    return network.in_channels, network.out_channels
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -135,9 +149,20 @@ def sha256(path: Path) -> str:
 
 
 def check_files(bundle: Path) -> list[str]:
-    """The files of the model zoo are there, and the name does not look like one with a version."""
+    """The files of the model zoo are there, and all that synthesis reads; the name does not look like a version's."""
     named = [f"name {bundle.name} contains _v, where MONAI cuts the version off"] if "_v" in bundle.name else []
-    return [f"no {name}" for name in FILES if not (bundle / name).is_file()] + named
+    wanted = dict.fromkeys([*FILES, *_shipped(bundle)])
+    return [f"no {name}" for name in wanted if not (bundle / name).is_file()] + named
+
+
+def _shipped(bundle: Path) -> list[str]:
+    """Files of models/ that the knobs of inference.json name, e.g. statistics beside the weights."""
+    path = bundle / "configs" / "inference.json"
+    content = read(path) if path.is_file() else {}
+    named = [k for k, v in content.items() if isinstance(v, str) and v.startswith("$") and re.search(r"\.\w+'", v)]
+    parsed = parser(bundle, "inference") if named else None
+    values = [str(parsed.get_parsed_content(k)) for k in named if parsed is not None]
+    return [os.path.relpath(v, bundle) for v in values if v.startswith(f"{bundle / 'models'}{os.sep}")]
 
 
 def check_json(bundle: Path) -> list[str]:
@@ -184,8 +209,7 @@ def check_data_format(bundle: Path) -> list[str]:
     """`network_data_format` says what the knobs of inference.json say."""
     form, parsed = read(bundle / "configs" / "metadata.json")["network_data_format"], parser(bundle, "inference")
     problems = []
-    for entry, argument in ((form["inputs"]["image"], "in_channels"), (form["outputs"]["pred"], "out_channels")):
-        channels = parsed.get_parsed_content(f"network_def::{argument}")
+    for entry, channels in zip((form["inputs"]["image"], form["outputs"]["pred"]), channels_of(build(parsed))):
         for key, value in (("num_channels", channels), ("spatial_shape", parsed["image_size"])):
             if entry[key] != value:
                 problems.append(f"{key} is {entry[key]} in metadata.json, {value} by inference.json")
@@ -356,10 +380,10 @@ def check_paper(bundle: Path) -> list[str]:
         parsed = parser(bundle, *names)
         network = build(parsed)
         size = parsed["patch_size" if "patch_size" in parsed else "image_size"]
-        channels = [parsed.get_parsed_content(f"network_def::{k}_channels") for k in ("in", "out")]
-        shape = tuple(network(torch.empty(1, channels[0], *size, device="meta")).shape)
+        taken, given = channels_of(network)
+        shape = tuple(network(torch.empty(1, taken, *size, device="meta")).shape)
         count = sum(p.numel() for p in network.parameters())
-        if count != expected or shape != (1, channels[1], *size):
+        if count != expected or shape != (1, given, *size):
             problems.append(f"{'+'.join(names)}: {count:,} parameters, expected {expected:,}; output {shape}")
     return problems
 
@@ -371,8 +395,8 @@ def check_export(bundle: Path) -> list[str]:
     ("cannot statically infer the expected size of a list").
     """
     parsed = parser(bundle, "inference")
-    network, channels = build(parsed, "cpu"), parsed.get_parsed_content("network_def::in_channels")
-    image = torch.rand(1, channels, *[max(8, s // 4) for s in parsed["image_size"]])
+    network = build(parsed, "cpu")
+    image = torch.rand(1, channels_of(network)[0], *[max(8, s // 4) for s in parsed["image_size"]])
     with torch.no_grad():
         traced = torch.jit.trace(network, image, check_trace=False)
         same = torch.allclose(traced(image), network(image), atol=1e-5)
@@ -418,18 +442,48 @@ def run(bundle: Path, cwd: Path, names: Sequence[str], **knobs: str) -> str:
 
 
 def check_synthesis(output: Path) -> list[str]:
-    """Every image that a side-car in `output` names reads back: finite, on its layout's grid."""
-    problems, load = [], LoadImage(image_only=True)
-    sidecars = [c["made_by"] for p in sorted(output.glob("*.json")) if "made_by" in (c := json.loads(p.read_text()))]
-    for made_by in sidecars:
-        grid = load(made_by["case"]["layout"])
-        for name in made_by["outputs"]:
-            image = load(output / name)
-            if image.shape != grid.shape or not torch.allclose(image.affine, grid.affine, atol=1e-4):
-                problems.append(f"{name} is {tuple(image.shape)} and not on the grid of its layout {tuple(grid.shape)}")
-            if not image.isfinite().all() or math.isclose(float(image.min()), float(image.max())):
-                problems.append(f"{name} is not finite or is constant")
-    return problems or ([] if sidecars else [f"no side-car in {output}"])
+    """Every file that a side-car in `output` names reads back as what the side-car says it is."""
+    cards = [content for p in sorted(output.glob("*.json")) if "made_by" in (content := json.loads(p.read_text()))]
+    problems = []
+    for card in cards:
+        made_by, config = card["made_by"], json.loads(Path(card["config_file"]).read_text())
+        problems += [] if made_by["outputs"] else [f"{made_by['case']['name']} has no file"]
+        for file in (output / name for name in made_by["outputs"]):
+            if not file.is_file():
+                problems.append(f"no {file.name}")
+            elif "achieved" in made_by.get("record", {}):
+                problems += check_mask(file, made_by, config)
+            else:
+                problems += check_image(file, made_by)
+    return problems or ([] if cards else [f"no side-car in {output}"])
+
+
+def check_image(file: Path, made_by: dict[str, Any]) -> list[str]:
+    """An image is finite, not all the same, and on the grid of its layout if the case has one."""
+    load = LoadImage(image_only=True)
+    image, problems = load(file), []
+    grid = load(made_by["case"]["layout"]) if "layout" in made_by["case"] else image
+    if image.shape != grid.shape or not torch.allclose(image.affine, grid.affine, atol=1e-4):
+        problems.append(f"{file.name} is {tuple(image.shape)} and not on the grid of its layout {tuple(grid.shape)}")
+    if not image.isfinite().all() or math.isclose(float(image.min()), float(image.max())):
+        problems.append(f"{file.name} is not finite or is constant")
+    return problems
+
+
+def check_mask(file: Path, made_by: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """A mask has its size and no foreign value, and holds the lesions that its side-car says it does."""
+    with Image.open(file) as picture:
+        mask = np.asarray(picture)
+    if mask.shape != tuple(config["image_size"]) or mask.dtype != np.uint8:
+        return [f"{file.name} is {mask.dtype} {mask.shape}, expected uint8 {tuple(config['image_size'])}"]
+    labels = config["labels"] or [1]
+    values = config["labels"] or [255]
+    foreign = sorted(set(np.unique(mask).tolist()) - {0, *values})
+    if foreign:
+        return [f"{file.name} holds {foreign[:5]}, expected 0 and {values}"]
+    found = measure(np.stack([mask == value for value in values]), labels, config["min_size"])
+    told = [Lesion(**lesion) for lesion in made_by["record"]["achieved"]]
+    return [] if found == told else [f"{file.name} holds {found}, its side-car says {told}"]
 
 
 def check_smoke(bundle: Path) -> list[str]:

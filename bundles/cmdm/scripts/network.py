@@ -61,7 +61,7 @@ class GatedBlock(TimedBlock):
 
         As torch initialises them, two thirds of the channels start below 0.05, and all bend outside the image.
         """
-        for gate, slope, highest in ((self.size_gate, 9.0, 0.3), (self.location_gate, 3.0, 1.0)):
+        for gate, slope, highest in ((self.size_gate, 18.0, 0.3), (self.location_gate, 6.0, 1.0)):
             nn.init.normal_(gate.weight, std=slope)
             centre = torch.rand_like(gate.weight) * highest
             gate.bias.data.copy_(ONE - (gate.weight * centre).sum(dim=1))
