@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import names, touch
 from monai.data import MetaTensor
+from monai.transforms import LoadImage
 
 from common.cases import CaseSaver, CaseStream
 from common.io import CaseError, list_cases, list_synthetic, sha256
@@ -181,3 +182,16 @@ def test_an_unwritable_place_is_found_at_the_door(tmp_path: Path) -> None:
     touch(tmp_path, "file")
     with pytest.raises(OSError, match=r"cannot write .*file/sub/run-.*choose another --output_dir"):
         CaseSaver(tmp_path / "file/sub", {"pred": "image"}).start()
+
+
+@pytest.mark.parametrize("extension", [".png", ".nii.gz"])
+def test_masks_are_written_as_they_are(extension, tmp_path):
+    """MONAI's PNG writer would clip to [0, 1] and stretch to 255; its NIfTI writer wants a third axis."""
+    mask = torch.zeros(1, 6, 4)
+    mask[0, 1, 2], mask[0, 5, 0] = 3, 1
+    saver = CaseSaver(tmp_path, {"mask": "mask"}, extension, dtypes={"mask": "uint8"}, record="record")
+    record = {"tries": 2, "achieved": []}
+    saver.save({"source": json.dumps({"name": "a", "seed": 0}), "mask": mask, "record": record})
+    back = LoadImage(image_only=True, ensure_channel_first=True)(tmp_path / f"a_mask{extension}")
+    assert torch.equal(torch.as_tensor(back).reshape(1, 6, 4), mask)
+    assert json.loads((tmp_path / "a.json").read_text())["made_by"]["record"] == record

@@ -25,14 +25,19 @@ IGNORED = shutil.ignore_patterns("output", "data", "eval", "__pycache__", ".*", 
 
 @pytest.fixture(scope="session", params=NAMES)
 def checkout(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of one bundle in a small checkout, with untrained weights, which make any size cheap. Read only."""
+    """A copy of one bundle in a small checkout, with untrained weights, which make any size cheap. Read only.
+
+    What else lies in models/ (statistics, say) stays.
+    """
     root = tmp_path_factory.mktemp("checkout")
     bundle = root / "bundles" / request.param
     shutil.copytree(REPO / "common", root / "common", ignore=IGNORED)
     shutil.copy(REPO / "requirements.txt", root)
     shutil.copytree(REPO / "bundles" / request.param, bundle, ignore=IGNORED)
-    shutil.rmtree(bundle / "models")
-    (bundle / "models").mkdir()
+    for path in (bundle / "models").glob("*.pt"):
+        path.unlink()
+        path.with_suffix(".json").unlink(missing_ok=True)
+    (bundle / "models").mkdir(exist_ok=True)
     edit(bundle, "inference", channels=[8, 8, 16, 16], norm_num_groups=4)
     edit(bundle, "train", channels=[8, 8, 16, 16], norm_num_groups=4)
     save_weights(bundle, verify.build(verify.parser(bundle, "inference"), "cpu").state_dict())
@@ -43,6 +48,13 @@ def edit(bundle: Path, name: str, **items: Any) -> None:
     """Set top-level items of a config."""
     path = bundle / "configs" / f"{name}.json"
     path.write_bytes(package._json(json.loads(path.read_text()) | items))
+
+
+def edit_format(bundle: Path, group: str, entry: str, **items: Any) -> None:
+    """Set items of an entry of metadata.json's network_data_format."""
+    meta = json.loads((bundle / "configs/metadata.json").read_text())
+    meta["network_data_format"][group][entry] |= items
+    edit(bundle, "metadata", **meta)
 
 
 def save_weights(bundle: Path, state: dict[str, torch.Tensor]) -> None:
@@ -116,6 +128,26 @@ def test_preset_becomes_the_default(checkout: Path, tmp_path: Path) -> None:
     assert [problem for check in checks for problem in small(check)] == []
 
 
+def test_other_weights_bring_what_lies_beside_them(
+    checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Statistics, say: they describe the data that the weights were trained on."""
+    bundle = copy(checkout, tmp_path)
+    (bundle / "models/table.json").write_text('"ours"')
+    (bundle / "models/second.pt").write_bytes(b"ours")
+    (bundle / "models/second.json").write_text('"ours"')
+    shutil.copy(bundle / "models/model.pt", tmp_path / "mine.pt")
+    (tmp_path / "second.json").write_text('"theirs"')
+    for number, there in enumerate((False, True)):
+        if there:
+            (tmp_path / "table.json").write_text('"theirs"')
+        path = package.package(bundle, tmp_path / str(number), weights=tmp_path / "mine.pt")
+        with zipfile.ZipFile(path) as archive:
+            held = {n: archive.read(f"{bundle.name}/models/{n}.json") for n in ("table", "second")}
+        assert held == {"table": b'"theirs"' if there else b'"ours"', "second": b'"ours"'}
+        assert ("table.json stays as it is" in capsys.readouterr().err) is not there
+
+
 def test_command_line(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     for wrong in (["nothing"], [NAMES[0], "--preset", "paper"], ["--weights", "x.pt"], [NAMES[0], "--weights", "x.pt"]):
         with pytest.raises(SystemExit) as caught:
@@ -136,6 +168,7 @@ def test_release_runs_in_an_empty_folder(checkout: Path, tmp_path: Path) -> None
     for configs, knobs in (
         (["train", "smoke"], ["--output_dir", "out"]),
         (["inference", "smoke"], ["--output_dir", "out", "--weights", "out/model.pt"]),
+        (["inference", "evaluate", "smoke"], ["--output_dir", "out", "--weights", "out/model.pt"]),
     ):
         files = str([f"{bundle.name}/configs/{name}.json" for name in configs])
         command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", files, *knobs]
@@ -144,6 +177,7 @@ def test_release_runs_in_an_empty_folder(checkout: Path, tmp_path: Path) -> None
         assert str(REPO / "common") not in done.stdout
     assert not list(tmp_path.glob("common"))
     assert verify.check_synthesis(tmp_path / "out") == []
+    assert (tmp_path / "out/evaluation.md").stat().st_size
     done = run_command(sys.executable, str(REPO / "tools" / "verify.py"), str(bundle), cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stdout
 
@@ -194,6 +228,11 @@ REQUIRES = '            "_requires_": "@use_bundle",\n'
 MUTANTS: dict[str, tuple[verify.Check, Callable[[Path], Any], str]] = {
     "no licence": (verify.check_files, lambda b: (b / "LICENSE").unlink(), "no LICENSE"),
     "no logging": (verify.check_files, lambda b: (b / "configs/logging.conf").unlink(), "no configs/logging.conf"),
+    "knob without its file": (
+        verify.check_files,
+        put("inference", table="$os.path.join(os.path.dirname(@weights), 'table.json')"),
+        "no models/table.json",
+    ),
     "tab": (verify.check_json, change(TRAIN, '    "seed"', '\t"seed"'), "not indented"),
     "indent 2": (verify.check_json, change(INFER, '    "seed"', '  "seed"'), "not indented by 4"),
     "key twice": (verify.check_json, change(TRAIN, '    "seed": 0,', '    "seed": 0,\n    "seed": 1,'), "stands twice"),
@@ -218,7 +257,7 @@ MUTANTS: dict[str, tuple[verify.Check, Callable[[Path], Any], str]] = {
     "file macro": (verify.check_strings, put("inference", seed="%train.json::seed"), "is a macro"),
     "metadata reference": (verify.check_strings, put("train", seed="$@_meta_::version"), "reads @_meta_"),
     "hash sign": (verify.check_strings, change(META, '"task": "', '"task": "issue #5, '), "holds a #"),
-    "other value": (verify.check_shared_ids, put("train", axcodes="LPS"), "axcodes differs"),
+    "other value": (verify.check_shared_ids, put("train", prediction_type="sample"), "prediction_type differs"),
     "other network": (
         verify.check_shared_ids,
         change(INFER, '"norm_eps": 1e-05', '"norm_eps": 1e-06'),
@@ -250,8 +289,21 @@ MUTANTS: dict[str, tuple[verify.Check, Callable[[Path], Any], str]] = {
     "no outputs": (verify.check_metadata, change(META, '"outputs"', '"output"'), "'outputs' is a required property"),
     "version unknown": (verify.check_metadata, change(META, '"version": "0', '"version": "9'), "not in the changelog"),
     "other package": (verify.check_versions, change(META, '"monai_version": "1', '"monai_version": "0'), "monai is 0"),
-    "other size": (verify.check_data_format, put("inference", image_size=[8, 8, 8]), "spatial_shape"),
-    "other channels": (verify.check_data_format, put("inference", condition_labels=[1]), "num_channels is 3"),
+    "other size": (
+        verify.check_data_format,
+        lambda b: edit_format(b, "inputs", "image", spatial_shape=[8, 8]),
+        "spatial_shape",
+    ),
+    "other channels": (
+        verify.check_data_format,
+        lambda b: edit_format(b, "inputs", "image", num_channels=9),
+        "num_channels is 9",
+    ),
+    "unnamed channels": (
+        verify.check_data_format,
+        lambda b: edit_format(b, "outputs", "pred", channel_def={"0": "a", "1": "b"}),
+        "names 2 channels",
+    ),
     "no dataset_dir": (
         verify.check_properties,
         change(TRAIN, '"dataset_dir": null', '"data_dir": null'),
@@ -264,10 +316,10 @@ MUTANTS: dict[str, tuple[verify.Check, Callable[[Path], Any], str]] = {
     ),
     "network narrows": (
         verify.check_network,
-        change(INFER, '"out_channels": 1', '"out_channels": 2'),
+        lambda b: edit_format(b, "outputs", "pred", num_channels=7),
         "metadata.json says",
     ),
-    "paper differs": (verify.check_paper, put("paper", num_res_blocks=2), "expected 40,226,433"),
+    "paper differs": (verify.check_paper, put("paper", num_res_blocks=3), "parameters, expected"),
     "paper unknown": (
         verify.check_paper,
         lambda b: shutil.copy(b / "configs/paper.json", b / "configs/paper_x.json"),
