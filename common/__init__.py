@@ -8,14 +8,16 @@ In configs it is called ``scripts.common.<room>``. Rooms along the path of the d
 - `transforms`: dictionary transforms MONAI lacks
 - `semantics`, `mask_statistics`: size, place and count of what masks show, and models that draw new ones
 - `conditioning`: how a condition reaches the network
-- `unet`: the one diffusion U-Net
+- `unet`, `controlnet`: the one diffusion U-Net, and the ControlNet that steers it
+- `siamese`: Siamese-Diffusion's two branches and its loss
+- `autoencoder`: latent diffusion's autoencoder and the scaled space of its latents
 - `schedules`, `solvers`: noise schedules and reverse steps
 - `sampler`: the one reverse loop
 - `mask_sampler`: masks from statistics, a chain for each part
 - `workflow`: the running MONAI workflow seen from inside; refuses unknown knobs
 - `execution`: precision, memory format, attention, compilation
 - `training`: EMA, exact resume, progress, previews
-- `checkpoints`: other people's weights into our networks
+- `checkpoints`, `ldm_layout`: other people's weights into our networks
 - `metrics`, `evaluation`, `mask_metrics`, `mask_evaluation`: how good synthetic images and masks are, in numbers and as
   a report
 - `pictures`: slices, montages and GIFs as a radiologist looks at them

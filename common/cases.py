@@ -20,8 +20,8 @@ from ignite.engine import Engine, Events
 from monai.data.image_writer import PILWriter, resolve_writer
 from torch.utils.data import IterableDataset
 
-from .io import Case, CaseError, atomic_path, sha256, write_json
-from .workflow import bundle_root, executed_config, unwrap, versions
+from .io import Case, CaseError, atomic_path, sha256, unwrap, write_json
+from .workflow import bundle_root, executed_config, versions
 
 logger = logging.getLogger(__name__)
 

@@ -46,22 +46,82 @@ class ControlNetHint:
     """The condition is a picture that a ControlNet turns into residuals of the network's skips.
 
     Args:
-        controlnet: MONAI ``ControlNet`` for the same network.
+        controlnet: ControlNet for the network: ours (`controlnet.HintControlNet`) encodes the hint once for an image,
+            MONAI's at every step. None takes the network's own (`controlnet.ControlledUNet`).
         scale: strength of the residuals.
+        context: tokens for cross-attention as well, (1, L, D), or (B, L, D) for that batch; None gives none.
     """
 
-    def __init__(self, controlnet: Network, scale: float = 1.0) -> None:
+    def __init__(
+        self, controlnet: Network | None = None, scale: float = 1.0, context: torch.Tensor | None = None
+    ) -> None:
         self.controlnet = controlnet
         self.scale = scale
+        self.context = context
 
     def __call__(self, network: Network, condition: torch.Tensor) -> Denoiser:
         """Bind ``condition``, the hint (B, K, *S)."""
+        hint = self.encoded(network, condition)
+        return lambda x, t: self.predict(network, hint, x, t, tokens_of(self.context, x))
+
+    def encoded(self, network: Network, hint: torch.Tensor) -> torch.Tensor:
+        """What of the hint does not depend on the step; MONAI's ControlNet keeps it as it is."""
+        encode = getattr(network if self.controlnet is None else self.controlnet, "encode_hint", None)
+        return hint if encode is None else encode(hint)
+
+    def predict(
+        self, network: Network, hint: torch.Tensor, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor | None
+    ) -> torch.Tensor:
+        """One prediction under the encoded hint."""
+        tokens = {} if context is None else {"context": context}
+        if self.controlnet is None:
+            return network(x, t, encoded=hint, scale=self.scale, **tokens)
+        key = "encoded" if hasattr(self.controlnet, "encode_hint") else "controlnet_cond"
+        control: Any = self.controlnet(x, t, **{key: hint}, conditioning_scale=self.scale, **tokens)
+        down, mid = control
+        return network(x, t, down_block_additional_residuals=down, mid_block_additional_residual=mid, **tokens)
+
+
+class GuidedContext(ControlNetHint):
+    """Classifier-free guidance by the tokens, the hint being kept on both sides (Siamese-Diffusion, ControlNet).
+
+    The ControlNet reads the tokens too, so both sides need it: they go as one batch of twice the size.
+
+    Args:
+        guidance: scale; 1 is neutral, and then there is no unconditional half.
+        null_context: tokens of the empty prompt, (1, L, D) or (B, L, D).
+        kwargs: as in `ControlNetHint`.
+    """
+
+    def __init__(self, guidance: float, null_context: torch.Tensor | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if guidance != 1 and (null_context is None or self.context is None):
+            raise ValueError(f"guidance {guidance} compares context with null_context: give both, or guidance 1")
+        self.guidance = guidance
+        self.null_context = null_context
+
+    def __call__(self, network: Network, condition: torch.Tensor) -> Denoiser:
+        """Bind ``condition``, the hint (B, K, *S)."""
+        if self.guidance == 1:
+            return super().__call__(network, condition)
+        hint = self.encoded(network, condition).repeat(2, *[1] * (condition.ndim - 1))
 
         def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            down, mid = self.controlnet(x, t, controlnet_cond=condition, conditioning_scale=self.scale)
-            return network(x, t, down_block_additional_residuals=down, mid_block_additional_residual=mid)
+            tokens: Any = (tokens_of(self.null_context, x), tokens_of(self.context, x))
+            pred = self.predict(network, hint, torch.cat([x, x]), torch.cat([t, t]), torch.cat(tokens))
+            null, conditional = pred.chunk(2)
+            return null + self.guidance * (conditional - null)
 
         return denoise
+
+
+def tokens_of(context: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    """Tokens (1, L, D) or (B, L, D) for each case of the batch `x`."""
+    if context is None:
+        return None
+    if len(context) not in (1, len(x)):
+        raise ValueError(f"context has {len(context)} rows for {len(x)} cases: give one for all, or each case its own")
+    return context.to(x).expand(len(x), -1, -1)
 
 
 class Guided:

@@ -27,6 +27,13 @@ class CaseError(ValueError):
     """A case's input is unusable; the message names file, cause and fix."""
 
 
+def unwrap(error: BaseException) -> BaseException:
+    """The error that MONAI's transforms and config parser have wrapped in RuntimeErrors."""
+    while type(error) is RuntimeError and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it takes its place in one step, on failure nothing is left.

@@ -21,7 +21,7 @@ from monai.transforms import LoadImage
 from scipy import ndimage
 
 from .evaluation import Loader, cohort_metrics, describe, extract, finite, show, table, write_report
-from .io import CaseError, atomic_path, list_synthetic
+from .io import CaseError, atomic_path, list_synthetic, unwrap
 from .mask_metrics import (
     SHAPE,
     SPLITS,
@@ -37,7 +37,7 @@ from .mask_metrics import (
 )
 from .metrics import Extractor, RandomConvFeatures
 from .semantics import Lesion, components, measure
-from .workflow import unwrap, versions
+from .workflow import versions
 
 COPY = 0.98  # Dice from which a mask is suspected to be a copy
 

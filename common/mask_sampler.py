@@ -212,7 +212,9 @@ class RecordMaskd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict:
         """Add the record."""
-        mask = data[self.keys[0]]
-        achieved = [asdict(lesion) for lesion in measure(np.asarray(mask), self.labels, self.min_size)]
+        mask = np.asarray(data[self.keys[0]]) > 0
+        # Where classes overlap the later one is painted over the others (`FromMaskd`).
+        seen = mask & (np.cumsum(mask[::-1], axis=0)[::-1] == 1)
+        achieved = [asdict(lesion) for lesion in measure(seen, self.labels, self.min_size)]
         record = {"achieved": achieved, "tries": int(data["tries"]), "accepted": bool(data["accepted"])}
         return {**data, self.output: record}

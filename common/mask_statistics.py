@@ -429,6 +429,7 @@ def list_requests(
     count: int | None = None,
     seed: int = 0,
     labels: Sequence[int] = (1,),
+    min_size: float = 0.0,
 ) -> list[Case]:
     """List the masks to synthesise: drawn from fitted statistics, or asked for in a table.
 
@@ -441,6 +442,7 @@ def list_requests(
         count: lesions in each mask, where the request does not say.
         seed: the run's seed. Mask i depends on (seed, i) alone.
         labels: the label values that are expected.
+        min_size: fraction of the image below which nothing counts as a lesion, so that nothing is asked for.
 
     Returns:
         cases ``{"name": str, "seed": int, "lesions": [{"size", "x", "y", "label"}]}``; a bad request has an ``error``.
@@ -468,10 +470,13 @@ def list_requests(
         try:
             if problem:
                 raise CaseError(f"{requests}, row {rows[0][0]}: {problem}")
-            lesions, wanted = _asked(str(requests), rows, labels)
+            lesions, wanted = _asked(str(requests), rows, labels, min_size)
             wanted = wanted or count or len(lesions)
             if wanted != len(lesions):
-                lesions = model().complete(lesions, wanted, rng)
+                try:
+                    lesions = model().complete(lesions, wanted, rng)
+                except CaseError as error:
+                    raise CaseError(f"{requests}, row {rows[0][0]}: {error}") from error
             cases[name] = case(name, lesions)
         except CaseError as error:
             cases[name] = {**case(name, []), "error": str(error)}
@@ -523,7 +528,7 @@ def _read_table(path: PathLike, wanted: str) -> list[Row]:
         raise CaseError(f"{path} is not a text table ({error}): {wanted}") from error
 
 
-def _asked(path: str, rows: Sequence[Row], labels: Sequence[int]) -> tuple[list[Lesion], int]:
+def _asked(path: str, rows: Sequence[Row], labels: Sequence[int], min_size: float) -> tuple[list[Lesion], int]:
     """The lesions that the rows of one mask give, and the count they ask for, 0 if none."""
     lesions, counts = [], set()
     for row, values in rows:
@@ -536,6 +541,8 @@ def _asked(path: str, rows: Sequence[Row], labels: Sequence[int]) -> tuple[list[
             if label not in labels:
                 raise ValueError(f"label {label:g} is unknown, expected one of {list(labels)}")
             lesions.append(Lesion(size, x, y, int(label)))
+            if size < min_size:
+                raise ValueError(f"size {size:g} is below min_size, {min_size:.4g} of the image, and would not count")
             if values.get("count") not in (None, ""):
                 counts.add(_number(values, "count"))
         except ValueError as error:

@@ -151,8 +151,7 @@ def asked_for(
         height: of the mask's picture in pixels.
     """
     picture, line, rim = picture_of(mask, height), 15, 1
-    sheet = ImageOps.expand(picture, (0, 0, 0, line * len(caption) + 2))
-    draw, width = ImageDraw.Draw(sheet), picture.width - 2 * rim
+    draw, width = ImageDraw.Draw(picture), picture.width - 2 * rim
     for lesion in asked:
         x, y = rim + lesion["x"] * width, rim + lesion["y"] * height
         radius = float(np.sqrt(lesion["size"] * width * height / np.pi))
@@ -160,6 +159,8 @@ def asked_for(
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, width=2)
         draw.line((x - 4, y, x + 4, y), fill=colour, width=2)
         draw.line((x, y - 4, x, y + 4), fill=colour, width=2)
+    sheet = ImageOps.expand(picture, (0, 0, 0, line * len(caption) + 2))
+    draw = ImageDraw.Draw(sheet)
     for i, text in enumerate(caption):
         draw.text((4, picture.height + line * i), text, fill=(255, 255, 255), font_size=11)
     return sheet

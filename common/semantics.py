@@ -18,7 +18,7 @@ from monai.transforms import MapTransform
 from scipy import ndimage
 from tqdm import tqdm
 
-from .io import Case, CaseError
+from .io import Case, CaseError, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +206,7 @@ class AskLesionsd(MapTransform):
 def measure_cases(
     cases: Sequence[Case], load: Callable[[Case], Any], labels: Sequence[int], min_size: int, key: str = "mask"
 ) -> list[list[Lesion]]:
-    """Measure the masks of all cases; an empty mask gives no lesion.
+    """Measure the masks of all cases; an empty mask gives no lesion, the bad ones one error that names them all.
 
     Args:
         cases: from `list_cases`.
@@ -215,7 +215,20 @@ def measure_cases(
         min_size: smallest component in pixels.
         key: of the masks.
     """
-    found = [measure(load(case)[key], labels, min_size) for case in tqdm(cases, "measuring", disable=None, leave=False)]
+    found, bad = [], []
+    for case in tqdm(cases, "measuring", disable=None, leave=False):
+        try:
+            found.append(measure(load(case)[key], labels, min_size))
+        except RuntimeError as error:  # what MONAI makes of an error in a transform
+            cause = unwrap(error)
+            if not isinstance(cause, CaseError):
+                raise
+            bad.append(str(cause))
+        except CaseError as error:
+            bad.append(str(error))
+    if bad:
+        more = f"\n... and {len(bad) - 20} more" if len(bad) > 20 else ""
+        raise CaseError("\n".join(bad[:20]) + more)
     counts = Counter(map(len, found))
     if not any(found):
         files = ", ".join(str(case.get(key)) for case in cases[:3]) or "no file"

@@ -131,13 +131,19 @@ class ToMaskd(MapTransform):
     Args:
         keys: masks (C, W, H), C = 1, or 3 and 4 (colour: its green channel counts); a slice (C, W, H, 1) will do.
         image_size: size (H, W) of the result.
-        labels: values of the classes, K of them; None for a binary 8-bit mask, foreground above 127.
+        labels: values of the classes, K of them; None for a binary mask, foreground above one half (127 of 255).
     """
+
+    mode = "bilinear"
 
     def __init__(self, keys: KeysCollection, image_size: Sequence[int], labels: Sequence[int] | None = None) -> None:
         super().__init__(keys)
         self.image_size = tuple(image_size)
         self.labels = None if labels is None else list(labels)
+
+    def grey(self, mask: torch.Tensor) -> torch.Tensor:
+        """The one channel of a mask (C, W, H) that counts."""
+        return mask[1 if len(mask) >= 3 else 0]
 
     def __call__(self, data: Data) -> dict:
         """Replace each mask by its classes (K, H, W), float32."""
@@ -151,19 +157,41 @@ class ToMaskd(MapTransform):
         mask = mask[..., 0] if mask.ndim == 4 and mask.shape[-1] == 1 else mask
         if mask.ndim != 3 or min(mask.shape[1:]) < 2:
             raise CaseError(f"{name} has shape {tuple(mask.shape)}, expected one 2-D mask: take a slice of it")
-        values = torch.as_tensor(mask[1 if len(mask) >= 3 else 0]).float().T
+        values = torch.as_tensor(self.grey(mask)).float().T
         if self.labels is None:
-            if 0 < values.max() <= 1:
-                raise CaseError(f"{name} has no value above 1: masks are 0 and 255, else name the labels: --labels [1]")
-            one_hot = values[None]
+            highest = float(values.max())
+            if 1 < highest < 128:
+                found = [int(v) for v in values.unique() if v][:5]
+                raise CaseError(f"{name} holds {found}: masks are 0 and 255, else name the labels: --labels {found}")
+            # A mask of bits counts as it is; one of 16 bits is cut at one half, too.
+            one_hot = values[None] * (255 / (1 if highest == 1 else max(255.0, highest)))
         else:
             foreign = sorted(set(values.unique().tolist()) - {0.0, *map(float, self.labels)})
             if foreign:
                 held = ", ".join(f"{v:g}" for v in foreign[:5])
                 raise CaseError(f"{name} holds {held}, not in --labels {self.labels}: correct the mask or name them")
             one_hot = torch.stack([255 * (values == label).float() for label in self.labels])
-        resized = torch.nn.functional.interpolate(one_hot[None], self.image_size, mode="bilinear")[0]
+        resized = torch.nn.functional.interpolate(one_hot[None], self.image_size, mode=self.mode)[0]
         return (resized >= 127.5).float()
+
+
+class ToHintd(ToMaskd):
+    """`ToMaskd` as Siamese-Diffusion does it, bit for bit: luma of a coloured mask, nearest neighbour.
+
+    Args:
+        keys: as in `ToMaskd`.
+        image_size: as in `ToMaskd`.
+        labels: as in `ToMaskd`.
+    """
+
+    mode = "nearest"
+
+    def grey(self, mask: torch.Tensor) -> torch.Tensor:
+        """The ITU-R 601 luma, by its usual integer weights."""
+        if len(mask) < 3:
+            return mask[0]
+        red, green, blue = mask[:3].float()
+        return (19595 * red + 38470 * green + 7471 * blue) / 65536
 
 
 class FromMaskd(MapTransform):

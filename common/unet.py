@@ -8,13 +8,15 @@ scratch in the zero initialisation of the attention projections.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from monai.networks.blocks import SpatialAttentionBlock, Upsample
 from monai.networks.nets import DiffusionModelUNet
+from monai.networks.nets.diffusion_model_unet import SpatialTransformer
 from torch import nn
+from torch.func import functional_call
 
 
 def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10000.0) -> torch.Tensor:
@@ -34,7 +36,68 @@ def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10
     return nn.functional.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
 
 
-class DiffusionUNet(DiffusionModelUNet):
+def constant(module: nn.Module) -> Callable[..., Any]:
+    """The module with its weights held constant: gradients pass through it, none reaches its weights; no copies."""
+    weights = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    return lambda *args, **kwargs: functional_call(module, weights, args, kwargs)
+
+
+def set_transformer_norm_eps(network: nn.Module, eps: float | None) -> None:
+    """Set the epsilon of the norms before transformers, where it differs from ``norm_eps``; None leaves them."""
+    for module in network.modules():
+        if isinstance(module, SpatialTransformer) and eps is not None:
+            module.norm.eps = eps
+
+
+class DiffusionEncoder:
+    """Time embedding, down path and middle in MONAI's names: what U-Net and ControlNet have in common."""
+
+    max_period: float
+    block_out_channels: Any
+    num_class_embeds: Any
+    with_conditioning: bool
+    time_embed: Any
+    class_embedding: Any
+    conv_in: Any
+    down_blocks: Any
+    middle_block: Any
+
+    def embed(
+        self, x: torch.Tensor, timesteps: torch.Tensor | None, class_labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Embed time (and class) -> (B, 4 * channels[0])."""
+        if timesteps is None:
+            timesteps = torch.zeros(x.shape[0], device=x.device)
+        emb = timestep_embedding(timesteps.expand(x.shape[0]), self.block_out_channels[0], self.max_period)
+        emb = self.time_embed(emb.to(x.dtype))
+        if self.num_class_embeds is not None:
+            if class_labels is None:
+                raise ValueError("class_labels are needed: the network was built with num_class_embeds")
+            emb = emb + self.class_embedding(class_labels).to(emb.dtype)
+        return emb
+
+    def encode(
+        self,
+        x: torch.Tensor,
+        emb: torch.Tensor,
+        context: torch.Tensor | None = None,
+        hint: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Run the down path and the middle -> bottleneck, skips from fine to coarse.
+
+        A ControlNet's encoded ``hint`` (B, channels[0], *S) is added once, behind the first convolution.
+        """
+        if context is not None and not self.with_conditioning:
+            raise ValueError("context came, but the network has no cross-attention: set with_conditioning")
+        h = self.conv_in(x) if hint is None else self.conv_in(x) + hint
+        skips = [h]
+        for block in self.down_blocks:
+            h, residuals = block(hidden_states=h, temb=emb, context=context)
+            skips += residuals
+        return self.middle_block(hidden_states=h, temb=emb, context=context), skips
+
+
+class DiffusionUNet(DiffusionEncoder, DiffusionModelUNet):
     """``DiffusionModelUNet`` with default timesteps, the references' settings and encode/decode halves.
 
     State-dict keys are MONAI's. ``timesteps`` may be left out, so that MONAI's shape check and exporters, which call a
@@ -45,6 +108,8 @@ class DiffusionUNet(DiffusionModelUNet):
         upsample_mode: ``"nearest"`` (MONAI) or ``"linear"`` (bi-/trilinear, ``align_corners=False``).
         zero_init_attention: start every self-attention block as the identity, as the references do (MONAI already
             does so with the transformers of cross-attention).
+        transformer_norm_eps: epsilon of the norms before transformers (Stable Diffusion: 1e-6, with ``norm_eps`` 1e-5
+            elsewhere); None takes ``norm_eps``.
         kwargs: arguments of ``DiffusionModelUNet``.
     """
 
@@ -57,10 +122,13 @@ class DiffusionUNet(DiffusionModelUNet):
         max_period: float = 10000.0,
         upsample_mode: str = "nearest",
         zero_init_attention: bool = True,
+        transformer_norm_eps: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(spatial_dims, in_channels, out_channels, **kwargs)
+        set_transformer_norm_eps(self, transformer_norm_eps)
         self.spatial_dims = spatial_dims
+        self.cross_attention_dim: int | None = kwargs.get("cross_attention_dim")
         self.max_period = max_period
         if upsample_mode not in ("nearest", "linear"):
             raise ValueError(f"upsample_mode must be 'nearest' or 'linear', got {upsample_mode!r}")
@@ -103,41 +171,21 @@ class DiffusionUNet(DiffusionModelUNet):
             h = h + mid_block_additional_residual
         return self.decode(h, skips, emb, context)
 
-    def embed(
-        self, x: torch.Tensor, timesteps: torch.Tensor | None, class_labels: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Embed time (and class) -> (B, 4 * channels[0])."""
-        if timesteps is None:
-            timesteps = torch.zeros(x.shape[0], device=x.device)
-        emb = timestep_embedding(timesteps.expand(x.shape[0]), self.block_out_channels[0], self.max_period)
-        emb = self.time_embed(emb.to(x.dtype))
-        if self.num_class_embeds is not None:
-            if class_labels is None:
-                raise ValueError("class_labels are needed: the network was built with num_class_embeds")
-            emb = emb + self.class_embedding(class_labels).to(emb.dtype)
-        return emb
-
-    def encode(
-        self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Run the down path and the middle -> bottleneck, skips from fine to coarse."""
-        if context is not None and not self.with_conditioning:
-            raise ValueError("context came, but the network has no cross-attention: set with_conditioning")
-        h = self.conv_in(x)
-        skips = [h]
-        for block in self.down_blocks:
-            h, residuals = block(hidden_states=h, temb=emb, context=context)
-            skips += residuals
-        return self.middle_block(hidden_states=h, temb=emb, context=context), skips
-
     def decode(
-        self, h: torch.Tensor, skips: Sequence[torch.Tensor], emb: torch.Tensor, context: torch.Tensor | None = None
+        self,
+        h: torch.Tensor,
+        skips: Sequence[torch.Tensor],
+        emb: torch.Tensor,
+        context: torch.Tensor | None = None,
+        *,
+        frozen: bool = False,
     ) -> torch.Tensor:
-        """Run the up path -> prediction (B, out_channels, *S)."""
+        """Run the up path -> prediction (B, out_channels, *S); `frozen` holds its weights `constant`."""
         skips = list(skips)
         block: Any
         for block in self.up_blocks:
             count = len(block.resnets)
             skips, used = skips[:-count], skips[-count:]
-            h = block(hidden_states=h, res_hidden_states_list=used, temb=emb, context=context)
-        return self.out(h)
+            run = constant(block) if frozen else block
+            h = run(hidden_states=h, res_hidden_states_list=used, temb=emb, context=context)
+        return constant(self.out)(h) if frozen else self.out(h)

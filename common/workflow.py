@@ -20,6 +20,8 @@ import torch
 from monai.bundle import ConfigWorkflow
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
+from .io import unwrap
+
 
 def running_workflow() -> ConfigWorkflow | None:
     """The MONAI workflow that is executing us, found on the call stack; None outside one."""
@@ -104,10 +106,3 @@ def _end_with_cause(kind: type[BaseException], error: BaseException, trace: Trac
     cause = unwrap(error)
     if cause is not error:
         sys.stderr.write(f"\n{type(cause).__name__}: {cause}\n")
-
-
-def unwrap(error: BaseException) -> BaseException:
-    """The error that MONAI's transforms and config parser have wrapped in RuntimeErrors."""
-    while type(error) is RuntimeError and error.__cause__ is not None:
-        error = error.__cause__
-    return error

@@ -123,7 +123,7 @@ def rewrite(path: Path, change: Callable[[np.ndarray, np.ndarray], tuple]) -> No
 HARM: dict[str, tuple[Callable[[Path], None], str]] = {
     "lost": (Path.unlink, "no "),
     "foreign value.png": (lambda p: paint(p, lambda m: np.where(m == m.max(), 7, m).astype(np.uint8)), "holds [7]"),
-    "16 bits.png": (lambda p: paint(p, lambda m: m.astype(np.uint16)), "uint16"),
+    "16 bits.png": (lambda p: paint(p, lambda m: m.astype(np.uint16)), "expected uint8"),
     "size.png": (lambda p: paint(p, lambda m: m[1:]), "expected uint8"),
     "mirrored.png": (lambda p: paint(p, lambda m: m[:, ::-1]), "its side-car says"),
     "emptied.png": (lambda p: paint(p, np.zeros_like), "its side-car says"),

@@ -17,8 +17,7 @@ from monai.data import MetaTensor
 from monai.transforms import LoadImage
 
 from common.cases import CaseSaver, CaseStream
-from common.io import CaseError, list_cases, list_synthetic, sha256
-from common.workflow import unwrap
+from common.io import CaseError, list_cases, list_synthetic, sha256, unwrap
 
 FOLDERS = {"image": "CT", "layout": "SEG"}
 

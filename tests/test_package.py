@@ -44,7 +44,7 @@ def checkout(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return bundle
 
 
-def edit(bundle: Path, name: str, **items: Any) -> None:
+def edit(bundle: Path, name: str, /, **items: Any) -> None:
     """Set top-level items of a config."""
     path = bundle / "configs" / f"{name}.json"
     path.write_bytes(package._json(json.loads(path.read_text()) | items))
@@ -269,7 +269,7 @@ MUTANTS: dict[str, tuple[verify.Check, Callable[[Path], Any], str]] = {
     "orphan parent": (verify.check_overlays, put("smoke", **{"training::trainer": "@x"}), "training::trainer"),
     "network again": (
         verify.check_overlays,
-        put("paper", network_def={"_target_": "scripts.common.unet.DiffusionUNet"}),
+        lambda b: edit(b, "paper", network_def=verify.read(b / INFER)["network_def"]),
         "second copy",
     ),
     "late use_bundle": (verify.check_initialize, change(TRAIN, '"$@use_bundle",\n', '"$1",\n'), "does not start with"),

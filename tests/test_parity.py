@@ -18,19 +18,24 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.inferers import DiffusionInferer
-from monai.transforms import Compose, Orientationd, Resized
+from monai.transforms import Compose, Orientationd, Resized, ScaleIntensityRanged, Transposed
 from PIL import Image
 from scipy import stats
 
-from common.checkpoints import read_weights, translate
-from common.conditioning import ConditionPrepareBatch, CrossAttention, Guided
+from common.autoencoder import LatentSpace, LDMAutoencoder
+from common.checkpoints import read_knobs, read_weights, translate
+from common.conditioning import ConditionPrepareBatch, CrossAttention, Guided, GuidedContext
+from common.controlnet import DenseHintInput, HintControlNet
+from common.ldm_layout import AUTOENCODER, CONTROLNET, PREFIXES, UNET, controlled_from_ldm, parts
 from common.mask_statistics import GaussianProcessKDE, size_regressor
 from common.sampler import DiffusionSampler, InversionSampler, LayoutGuidedSampler
-from common.schedules import DDPM
+from common.schedules import DDIM, DDPM
 from common.semantics import Lesion, components, conditions
+from common.siamese import NoiseConsistencyLoss, SiameseInferer, SiameseUNet, mixed
 from common.solvers import DPMSolverPP
 from common.training import WeightEMA
-from common.transforms import ColumnScaled, CropNoduled, LayoutToConditiond, ToMaskd
+from common.transforms import ColumnScaled, CropNoduled, LayoutToConditiond, ToHintd, ToMaskd
+from common.unet import DiffusionUNet
 from tools.import_weights import import_checkpoint
 
 REPO = Path(__file__).resolve().parent.parent
@@ -481,3 +486,286 @@ def test_cmdm_schedules(name):
         assert set(ours) == set(tables)
         for table, values in tables.items():
             assert_near(ours[table].to(values), values, 5e-7)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# siamese_diffusion
+
+SIAMESE = [name.removesuffix("settings.json") for name in files_of_set("siamese_diffusion", "*settings.json")]
+of_siamese = pytest.mark.parametrize("variant", SIAMESE)
+
+
+def siamese_checkpoint(variant: str) -> dict[str, torch.Tensor]:
+    """The parts of the set put together as the merged checkpoint they come from, in float32."""
+    merged: dict[str, torch.Tensor] = {}
+    for name, prefix in {"unet": PREFIXES["unet"], "vae": PREFIXES["autoencoder"]}.items():
+        merged |= {prefix + k: v for k, v in tensors("siamese_diffusion", f"{variant}weights_{name}.npz").items()}
+    for name in ("controlnet", "dhi"):
+        weights = tensors("siamese_diffusion", f"{variant}weights_{name}.npz")
+        merged |= {PREFIXES["controlnet"] + k: v for k, v in weights.items()}
+    expected = settings("siamese_diffusion", f"{variant}settings.json")["checkpoint_keys"]
+    merged |= {k: torch.zeros(shape) for k, shape in expected.items() if k not in merged and "." not in k}
+    assert {k: list(v.shape) for k, v in merged.items()} == expected
+    return {k: v.float() for k, v in merged.items()}
+
+
+def siamese_built(found: dict[str, dict], heads: list[int]) -> SiameseUNet:
+    """U-Net and ControlNet at the size of the weights."""
+    knobs = read_knobs(found["unet"], UNET, {"num_head_channels": heads})
+    control = read_knobs(found["controlnet"], CONTROLNET, {"num_head_channels": heads})
+    hint, dense, merges = (control.pop(k) for k in ("hint_channels", "dense_hint", "num_merges"))
+    stem = DenseHintInput(2, hint, knobs["channels"][0], merges) if dense else None
+    controlnet = HintControlNet(2, stem=stem, conditioning_embedding_in_channels=hint, **control)
+    return SiameseUNet(DiffusionUNet(2, **knobs), controlnet)
+
+
+def siamese_heads(config: dict, found: dict[str, dict]) -> list[int]:
+    channels = read_knobs(found["unet"], UNET)["channels"]
+    return [c // config["num_heads"] if "num_heads" in config else config["num_head_channels"] for c in channels]
+
+
+def siamese_network(variant: str) -> SiameseUNet:
+    """The authors' merged checkpoint through the public import path."""
+    merged, config = siamese_checkpoint(variant), siamese_settings(variant)["unet_config"]
+    found = parts(merged)
+    network = siamese_built(found, siamese_heads(config, found))
+    network.load_state_dict(controlled_from_ldm(merged, network.state_dict()))
+    return network
+
+
+def siamese_settings(variant: str) -> dict:
+    return settings("siamese_diffusion", f"{variant}settings.json")["settings"]
+
+
+def siamese_scheduler(variant: str, kind: type = DDPM, **kwargs: Any) -> Any:
+    expected = siamese_settings(variant)
+    betas = {"beta_start": expected["linear_start"], "beta_end": expected["linear_end"]}
+    return kind(expected["timesteps"], "scaled_linear_exact", **betas, clip_sample=False, **kwargs)
+
+
+@of_siamese
+def test_siamese_diffusion_networks(variant):
+    data, network = tensors("siamese_diffusion", f"{variant}networks.npz"), siamese_network(variant)
+    x, t, context = data["x"], data["timesteps"], data["context"]
+    with torch.no_grad():
+        control = {}
+        for kind in ("mask", "image"):
+            hint = network.encode_hint(data[f"hint_{kind}"])
+            assert_near(hint, data[f"dhi_{kind}"], 2e-5)
+            control[kind] = network.controlnet(x, t, context=context, encoded=hint)
+            expected = [data[k] for k in sorted(data) if k.startswith(f"control_{kind}_")]
+            for ours, theirs in zip([*control[kind][0], control[kind][1]], expected, strict=True):
+                assert_near(ours, theirs, 5e-5)
+        assert_near(network(x, t, context), data["eps_no_control"], 2e-5)
+        assert_near(network(x, t, context, data["hint_mask"]), data["eps_mask"], 2e-5)
+        features = network.encode(x, t, context)
+        for key in (k for k in data if k.startswith("eps_mix_wi")):
+            control_mix = mixed(control["mask"], control["image"], float(key.removeprefix("eps_mix_wi")))
+            assert_near(network.decode(features, control_mix, context), data[key], 2e-5)
+        # The reference's switch "only middle control" is a control whose skips are zero.
+        only_mid = ([torch.zeros_like(c) for c in control["mask"][0]], control["mask"][1])
+        assert_near(network.decode(features, only_mid, context), data["eps_mask_only_mid"], 2e-5)
+
+
+def siamese_latents(variant: str) -> LatentSpace:
+    state = parts(siamese_checkpoint(variant))["autoencoder"]
+    autoencoder = LDMAutoencoder(2, **read_knobs(state, AUTOENCODER))
+    autoencoder.load_state_dict(translate(state, AUTOENCODER, autoencoder.state_dict()))
+    return LatentSpace(autoencoder, siamese_settings(variant)["scale_factor"])
+
+
+@of_siamese
+def test_siamese_diffusion_vae(variant):
+    data, latents = tensors("siamese_diffusion", f"{variant}vae.npz"), siamese_latents(variant)
+    mean, deviation = latents.moments(data["pixel"])
+    assert_near(mean, data["latent_scaled_mean"], 2e-5)
+    assert_near(mean / latents.scale, data["mean"], 5e-5)
+    assert_near(deviation / latents.scale, data["std"], 5e-5)
+    assert_near(2 * (deviation / latents.scale).log(), data["logvar"], 5e-5)
+    assert_near(latents.decode(latents.scale * data["z"]), data["decoded"], 1e-4)
+
+
+class Answers(SiameseUNet):
+    """Networks replaced by recorded answers; remembers what they were asked."""
+
+    def __init__(self, answers: dict[str, torch.Tensor]) -> None:
+        torch.nn.Module.__init__(self)
+        self.answers, self.asked = answers, []
+
+    def encode(self, x, timesteps, context):
+        self.asked.append(x)
+        return x, [], x
+
+    def encode_hint(self, hint):
+        return hint
+
+    def controlnet(self, x, *args, **kwargs):
+        return [], torch.zeros_like(x)
+
+    def tokens(self, x, context):
+        return context
+
+    def decode(self, encoded, control, context, frozen=False):
+        if frozen:
+            return self.answers["mix"]
+        return self.answers["mask"] if len(self.asked) == 1 else self.answers["mask_aug"]
+
+
+@of_siamese
+def test_siamese_diffusion_losses(variant):
+    """Our step with the recorded predictions: what is asked, the terms, and the gradients with respect to them."""
+    data = tensors("siamese_diffusion", f"{variant}losses.npz")
+    for case in settings("siamese_diffusion", f"{variant}settings.json")["loss_cases"]:
+        mine = {
+            k.removeprefix(f"case{case['case']}_"): v
+            for k, v in data.items()
+            if k[4 : k.index("_")] == str(case["case"])
+        }
+        t, noise, hint = mine["t"], mine["noise"], torch.zeros(len(mine["t"]), 1, 1, 1)
+        given = {k: mine[f"eps_{k}"].requires_grad_() for k in ("mask", "mix", "mask_aug")}
+        due = (t <= 200) & case["online_aug_ran"]
+        network = Answers({**given, "mask_aug": given["mask_aug"][due]})
+        inferer, loss = SiameseInferer(siamese_scheduler(variant)), NoiseConsistencyLoss()
+        inferer.advance(case["global_step"], case["max_steps"])
+        pred = inferer(mine["z0"], network, noise, t, hint, hint)
+        assert_near(network.asked[0], mine["z_t"], 1e-6)
+        assert (len(network.asked) == 2) == case["online_aug_ran"]
+        if case["online_aug_ran"]:
+            assert_near(network.asked[1], mine["z_t_aug"][due], 1e-5)
+        total = loss(pred, noise)
+        assert_near(total.detach(), mine["total"], 1e-6)
+        rows = torch.stack(list(loss.terms(pred, noise).values())).detach()
+        assert_near(rows[:3], mine["terms_per_sample"][:3], 1e-6)
+        if case["online_aug_ran"]:
+            assert_near(rows[3], mine["terms_per_sample"][3] * due, 1e-6)
+        total.backward()
+        for name, answer in given.items():
+            if f"grad_eps_{name}" in mine:
+                assert_near(answer.grad, mine[f"grad_eps_{name}"], 1e-6)
+
+
+@of_siamese
+def test_siamese_diffusion_train_steps(variant):
+    """Whole steps: terms, the norm of every gradient, some gradients in full, and who gets none."""
+    data = tensors("siamese_diffusion", f"{variant}train_steps.npz")
+    network, found = siamese_network(variant), parts(siamese_checkpoint(variant))
+    rules = {"control": (found["controlnet"], CONTROLNET), "unet": (found["unet"], UNET)}
+    modules = {"control": network.controlnet, "unet": network.unet}
+    for case in settings("siamese_diffusion", f"{variant}settings.json")["train_step_cases"]:
+        mine = {k.partition("_")[2]: v for k, v in data.items() if k.startswith(f"case{case['case']}_")}
+        inferer, loss = SiameseInferer(siamese_scheduler(variant)), NoiseConsistencyLoss()
+        inferer.advance(case["global_step"], case["max_steps"])
+        network.zero_grad(set_to_none=True)
+        inputs = [data[k] for k in ("noise", "hint_mask", "hint_image", "context")]
+        pred = inferer(data["z0"], network, inputs[0], mine["t"], *inputs[1:])
+        total = loss(pred, data["noise"])
+        assert_near(pred["mask"].detach(), mine["eps_mask"], 2e-5)
+        assert_near(pred["image"].detach(), mine["eps_mix"], 2e-5)
+        assert abs(total.item() - case["total"]) <= 5e-6 * max(1, case["total"])
+        rows = torch.stack(list(loss.terms(pred, data["noise"]).values())).detach()
+        due = mine["t"] <= 200
+        if "eps_mask_aug" in mine:
+            assert_near(pred["augmented"][due].detach(), mine["eps_mask_aug"][due], 5e-5)
+        assert_near(rows[:3], mine["terms_per_sample"][:3], 1e-5)
+        total.backward()
+        for side, (weights, rule) in rules.items():
+            gradients = {k: p.grad for k, p in modules[side].named_parameters()}
+            # Names travel as weights do: each is written into a tensor of its own shape.
+            order = list(weights)
+            marks = translate(
+                {k: torch.full_like(weights[k], n) for n, k in enumerate(order)}, rule, gradient_shapes(modules[side])
+            )
+            theirs = {order[int(mark.flatten()[0])]: gradients[k] for k, mark in marks.items()}
+            norms = case[f"grad_norm_{side}"]
+            assert {k for k, g in theirs.items() if g is not None} == set(norms)
+            largest = max(norms.values())
+            for key, norm in norms.items():
+                assert abs(theirs[key].norm().item() - norm) <= 1e-4 * norm + 1e-6 * largest, key
+            known = {k.removeprefix(f"grad_{side}."): v for k, v in mine.items() if k.startswith(f"grad_{side}.")}
+            assert known
+            for key, gradient in known.items():
+                assert_near(theirs[key], gradient, 1e-5 * max(1, gradient.abs().max().item()))
+
+
+def gradient_shapes(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {k: torch.zeros(p.shape) for k, p in module.named_parameters()}
+
+
+@of_siamese
+def test_siamese_diffusion_ddim(variant, monkeypatch):
+    """Guided sampling by the public sampler: timesteps, every state and x_0, the decoded image."""
+    data, network = tensors("siamese_diffusion", f"{variant}ddim.npz"), siamese_network(variant)
+    scheduler = siamese_scheduler(variant, DDIM, grid="strided", steps_offset=1, final_alpha="first")
+    step = scheduler.step
+    assert_near(scheduler.betas.float(), data["betas"], 1e-7)
+    assert_near(scheduler.alphas_cumprod.float(), data["alphas_cumprod"], 1e-6)
+    for name in sorted(k.removesuffix("_latent") for k in data if k.endswith("_latent")):
+        steps, scale = (float(part.lstrip("Scfg")) for part in name.split("_"))
+        guided = GuidedContext(scale, data["uncond_context"], context=data["context"])
+        sampler = DiffusionSampler(scheduler, int(steps), channels=data["x_T"].shape[1], condition=guided,
+                                   latent_shape=data["x_T"].shape[2:])  # fmt: skip
+        steps_made: list[tuple[torch.Tensor, torch.Tensor]] = []
+        monkeypatch.setattr(scheduler, "step", lambda *a, s=steps_made, **k: s.append(step(*a, **k)) or s[-1])
+        latent = sampler(data["hint_mask"], network, noise=lambda like: data["x_T"])
+        theirs = data[f"timesteps_S{int(steps)}"]
+        assert scheduler.timesteps.tolist() in (theirs.tolist(), theirs.flip(0).tolist())
+        assert_near(latent, data[f"{name}_latent"], 2e-3)
+        if f"{name}_x_inter" in data:
+            states, clean = (torch.stack(tensors) for tensors in zip(*steps_made, strict=True))
+            assert_near(states, data[f"{name}_x_inter"], 2e-3)
+            assert_near(clean, data[f"{name}_pred_x0"], 2e-3)
+        if f"{name}_image" in data:
+            assert_near(siamese_latents(variant).decode(latent), data[f"{name}_image"], 2e-3)
+
+
+@pytest.mark.parametrize("name", files_of_set("siamese_diffusion", "*sd15_size_keys.json"))
+def test_siamese_diffusion_keys_at_stable_diffusions_size(name):
+    """Every key of the full checkpoint has its place and shape: no memory, all on the meta device."""
+    # As integers, for which nobody asks whether they are finite.
+    content = {
+        k: torch.empty(s, dtype=torch.int8, device="meta") for k, s in settings("siamese_diffusion", name).items()
+    }
+    found = parts(content)
+    with torch.device("meta"):
+        channels = read_knobs(found["unet"], UNET)["channels"]
+        network = siamese_built(found, [c // 8 for c in channels])
+        autoencoder = LDMAutoencoder(2, **read_knobs(found["autoencoder"], AUTOENCODER))
+    filled = controlled_from_ldm(content, network.state_dict())
+    assert {k: v.shape for k, v in filled.items()} == {k: v.shape for k, v in network.state_dict().items()}
+    assert len(found["unet"]) + len(found["controlnet"]) == len(filled)
+    vae = translate(found["autoencoder"], AUTOENCODER, autoencoder.state_dict())
+    assert len(vae) == len(found["autoencoder"]) + 2, "quant_conv splits in two, weight and bias"
+    # Stable Diffusion as it is released: the ControlNet starts as the U-Net's encoder.
+    plain = {k: v for k, v in content.items() if not k.startswith(PREFIXES["controlnet"])}
+    assert set(controlled_from_ldm(plain, network.state_dict())) == set(filled)
+
+
+@pytest.mark.parametrize("name", files_of_set("siamese_diffusion", "*dataset.npz"))
+def test_siamese_diffusion_preprocessing(name):
+    """Masks bit for bit, images within one grey level (the reference rounds between resizing and scaling)."""
+    data = arrays("siamese_diffusion", name)
+
+    def prepared(k: int, size: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        prepare = Compose(
+            [
+                ToHintd("mask", size),
+                Transposed("image", (0, 2, 1)),
+                ScaleIntensityRanged("image", 0, 255, -1, 1),
+                Resized("image", size, mode="bilinear", align_corners=False),
+            ]
+        )
+        loaded = {}
+        for key in ("image", "mask"):
+            picture = data[f"in_{key}_{k}"]
+            picture = picture[..., None] if picture.ndim == 2 else picture
+            loaded[key] = MetaTensor(torch.from_numpy(picture).permute(2, 1, 0))
+        return {key: value.as_tensor() for key, value in prepare(loaded).items()}
+
+    for k in range(sum(key.startswith("in_image_") for key in data)):
+        hint, image = (torch.from_numpy(data[f"out_{key}_{k}"]).movedim(-1, 0) for key in ("hint", "jpg"))
+        ours = prepared(k, tuple(hint.shape[1:]))
+        assert torch.equal(ours["mask"].expand_as(hint), hint)
+        assert_near(ours["image"], image, 1 / 127.5)
+    default = prepared(0, (384, 384))
+    assert 3 * default["mask"].sum().item() == data["out384_hint_0_sum"]
+    assert default["image"].mean().item() == pytest.approx(float(data["out384_jpg_0_mean"]), abs=1e-3)

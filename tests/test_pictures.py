@@ -66,6 +66,8 @@ def test_what_was_asked_is_drawn_where_and_as_large_as_asked():
     rows, columns = np.nonzero((pixels == COLOURS[1]).all(axis=-1))
     assert picture.size[0] == 202
     assert picture.size[1] > 102, "room for the caption"
+    low = np.asarray(asked_for(mask, [{"size": 0.1, "x": 0.25, "y": 1.0}], ["one"], height=100))[102:]
+    assert not (low == COLOURS[1]).all(axis=-1).any(), "a circle does not run into the caption"
     assert (pixels[1:101, 110:200] == 255).all(), "the mask stays white on the right: rows first"
     assert (rows.mean() - 1, columns.mean() - 1) == pytest.approx((50, 50), abs=1)
     radius = np.sqrt(0.1 * 200 * 100 / np.pi)

@@ -396,7 +396,7 @@ def test_label_maps_become_a_channel_of_each_label_and_back():
 
 
 @pytest.mark.parametrize(("mask", "labels", "message"), [
-    (drawn(0, 1), None, r"no value above 1: masks are 0 and 255, else name the labels: --labels \[1\]"),
+    (drawn(0, 1, 2), None, r"holds \[1, 2\]: masks are 0 and 255, else name the labels: --labels \[1, 2\]"),
     (drawn(0, 1, 7), [1, 2], r"holds 7, not in --labels \[1, 2\]"),
     (MetaTensor(torch.zeros(1, 4, 4, 3)), None, "expected one 2-D mask"),
 ])  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from monai.bundle import ConfigWorkflow
 
-from common.workflow import unwrap
+from common.io import unwrap
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ sys.path.insert(0, str(REPO))
 from common.conditioning import CrossAttention, Guided  # noqa: E402
 from common.execution import FastPath  # noqa: E402
 from common.io import list_cases  # noqa: E402
-from common.mask_evaluation import control  # noqa: E402
+from common.mask_metrics import control  # noqa: E402
 from common.mask_sampler import CheckedMaskSampler  # noqa: E402
 from common.sampler import LayoutGuidedSampler  # noqa: E402
 from common.schedules import DDPM  # noqa: E402
@@ -44,10 +44,10 @@ from common.solvers import DPMSolverPP  # noqa: E402
 
 # Networks of ours for which MONAI's own class can stand in, and what that has no argument for.
 STOCK = {"scripts.common.unet.DiffusionUNet": DiffusionModelUNet}
-OURS_ONLY = ("max_period", "upsample_mode", "zero_init_attention")
+OURS_ONLY = ("max_period", "upsample_mode", "zero_init_attention", "transformer_norm_eps")
 # Calls of the short samplers, by what a bundle makes.
 CALLS = {"image": [50, 20, 10], "mask": [50, 25, 20, 15, 10, 5]}
-# Columns of the table of masks: keys of `mask_evaluation.control`.
+# Columns of the table of masks: keys of `mask_metrics.control`.
 CONTROL = {
     "size error: mean": "size_error_mean",
     "median": "size_error_median",

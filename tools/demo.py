@@ -24,7 +24,7 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 from common.io import list_synthetic  # noqa: E402
-from common.mask_evaluation import errors, match  # noqa: E402
+from common.mask_metrics import errors, match  # noqa: E402
 from common.pictures import asked_for, centre_of, montage, plane, planes, save_gif, save_png  # noqa: E402
 from common.semantics import Lesion  # noqa: E402
 

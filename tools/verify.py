@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_net_in_out
 from monai.transforms import LoadImage
-from PIL import Image
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
@@ -343,6 +342,8 @@ def check_properties(bundle: Path) -> list[str]:
         files = [str(bundle / "configs" / f"{n}.json") for n in (name, "smoke")]
         with tempfile.TemporaryDirectory() as folder:
             places = {"bundle_root": str(bundle), "output_dir": folder, "device": "cpu"}
+            # Nothing is loaded; but what lies beside the shipped weights may be read.
+            places["weights"] = str(bundle / "models" / "model.pt")
             workflow = ConfigWorkflow(files, meta, logging_file, workflow_type=kind, **places)
             workflow.initialize()
             try:
@@ -472,8 +473,7 @@ def check_image(file: Path, made_by: dict[str, Any]) -> list[str]:
 
 def check_mask(file: Path, made_by: dict[str, Any], config: dict[str, Any]) -> list[str]:
     """A mask has its size and no foreign value, and holds the lesions that its side-car says it does."""
-    with Image.open(file) as picture:
-        mask = np.asarray(picture)
+    mask = LoadImage(image_only=True, dtype=None)(file).numpy().squeeze().T  # columns come first
     if mask.shape != tuple(config["image_size"]) or mask.dtype != np.uint8:
         return [f"{file.name} is {mask.dtype} {mask.shape}, expected uint8 {tuple(config['image_size'])}"]
     labels = config["labels"] or [1]

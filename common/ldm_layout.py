@@ -1,0 +1,234 @@
+"""Latent-diffusion names (Stable Diffusion 1.x, ControlNet, Siamese-Diffusion) into ours, as rules for `checkpoints`.
+
+`UNET`, `CONTROLNET` (with the original stem or the dense one) and `AUTOENCODER` are rules for one part in its bare
+names; `parts` cuts a merged checkpoint into them. Levels, blocks and attention are read off the weights; the number of
+heads is not in them (`CONTROLNET` and `UNET` assume 8, Stable Diffusion's).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .checkpoints import CheckpointError, select, translate
+from .controlnet import copied_encoder
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A merged checkpoint
+
+PREFIXES = {"unet": "model.diffusion_model.", "controlnet": "control_model.", "autoencoder": "first_stage_model."}
+DROPPED = [
+    [r"cond_stage_model\..*", "text encoder: its tokens come from a file, as prompts are few"],
+    [r"model_ema\..*", "averages of an earlier training: the published code samples from the weights themselves"],
+    [
+        r"((sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|betas|posterior_\w+|logvar|scale_factor)",
+        "schedule table, computed anew in float64 by common/schedules.py",
+    ],
+]
+
+
+def parts(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Cut a merged checkpoint into its networks, in bare names; every key belongs to one or is `DROPPED`.
+
+    Args:
+        content: what `checkpoints.read_weights` gives.
+
+    Returns:
+        {"unet", "controlnet", "autoencoder": state dict}, those that the file has.
+    """
+    state, _ = select(content, {"select": ["state_dict", ""]})
+    found: dict[str, dict[str, Any]] = {}
+    foreign = []
+    for key, value in state.items():
+        name = next((n for n, prefix in PREFIXES.items() if key.startswith(prefix)), None)
+        if name is not None:
+            found.setdefault(name, {})[key.removeprefix(PREFIXES[name])] = value
+        elif not any(re.fullmatch(pattern, key) for pattern, _ in DROPPED):
+            foreign.append(key)
+    if foreign or not found:
+        held = ", ".join((foreign or list(state))[:5])
+        raise CheckpointError(
+            f"{len(foreign)} keys belong to no part of a latent-diffusion checkpoint ({held}): another layout, or one "
+            f"part in bare names, which its own rules translate; expected {', '.join(PREFIXES.values())}"
+        )
+    return found
+
+
+def controlled_from_ldm(content: Mapping[str, Any], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """State dict of a merged checkpoint -> the one of a `controlnet.ControlledUNet`.
+
+    A plain Stable Diffusion file fills the U-Net, and the ControlNet with a copy of its encoder ("add control").
+
+    Args:
+        content: what `checkpoints.read_weights` gives.
+        target: ``network.state_dict()``.
+    """
+    found = parts(content)
+    if "unet" not in found:
+        raise CheckpointError(f"no U-Net in the checkpoint, only {', '.join(found)}: take the merged file")
+
+    def part(name: str) -> dict[str, Tensor]:
+        return {k.removeprefix(f"{name}."): v for k, v in target.items() if k.startswith(f"{name}.")}
+
+    unet = translate(found["unet"], UNET, part("unet"))
+    if "controlnet" in found:
+        control = translate(found["controlnet"], CONTROLNET, part("controlnet"))
+    else:
+        control = copied_encoder(part("controlnet"), unet)
+    return {**{f"unet.{k}": v for k, v in unet.items()}, **{f"controlnet.{k}": v for k, v in control.items()}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# U-Net and ControlNet: a flat walk of input blocks (stem, then for each level its blocks and one down-sampling) and of
+# output blocks (for each level, deepest first, one block more; the last of a level up-samples)
+
+_BLOCK = r"_blocks\.\d+\.0\.(in_layers\.0|op)\.weight$"
+
+_CONSTANTS = {
+    "N": rf"$1 + count(r'^input{_BLOCK}')",
+    "M": rf"$count(r'^output{_BLOCK}')",
+    # Entries that end a level; level and place within it, of each entry.
+    "D": "$[n for n in range(N) if has(f'input_blocks.{n}.0.op.weight')]",
+    "I": "$[len([d for d in D if d < n]) for n in range(N)]",
+    "J": "$[n - 1 - (D[I[n] - 1] if I[n] else 0) for n in range(N)]",
+    "E": "$[n for n in range(M) if max(has(f'output_blocks.{n}.{k}.conv.weight') for k in (1, 2))]",
+    "U": "$[len([e for e in E if e < n]) for n in range(M)]",
+    "V": "$[n - (E[U[n] - 1] + 1 if U[n] else 0) for n in range(M)]",
+    # First block of each level, its blocks and channels.
+    "S": "$[1, *[d + 1 for d in D]]",
+    "B": "$[(D[i] if i < len(D) else N) - S[i] for i in range(len(S))]",
+    "C": "$[shape(f'input_blocks.{s}.0.out_layers.3.weight', 0) for s in S]",
+    "T": r"$count(r'^middle_block\.1\.transformer_blocks\.\d+\.norm1\.weight$')",
+}
+
+_RENAME = [
+    [r"^input_blocks\.0\.0\.", "conv_in.conv."],
+    [r"^input_blocks\.(\d+)\.0\.op\.", "down_blocks.{I[_1]}.downsampler.op.conv."],
+    [r"^input_blocks\.(\d+)\.0\.", "down_blocks.{I[_1]}.resnets.{J[_1]}."],
+    [r"^input_blocks\.(\d+)\.1\.", "down_blocks.{I[_1]}.attentions.{J[_1]}."],
+    [r"^middle_block\.0\.", "middle_block.resnet_1."],
+    [r"^middle_block\.1\.", "middle_block.attention."],
+    [r"^middle_block\.2\.", "middle_block.resnet_2."],
+    [r"^output_blocks\.(\d+)\.[12]\.conv\.", "up_blocks.{U[_1]}.upsampler.postconv.conv."],
+    [r"^output_blocks\.(\d+)\.0\.", "up_blocks.{U[_1]}.resnets.{V[_1]}."],
+    [r"^output_blocks\.(\d+)\.1\.", "up_blocks.{U[_1]}.attentions.{V[_1]}."],
+    [r"^out\.2\.", "out.2.conv."],
+    [r"\.in_layers\.0\.", ".norm1."],
+    [r"\.in_layers\.2\.", ".conv1.conv."],
+    [r"\.emb_layers\.1\.", ".time_emb_proj."],
+    [r"\.out_layers\.0\.", ".norm2."],
+    [r"\.out_layers\.3\.", ".conv2.conv."],
+    [r"\.skip_connection\.", ".skip_connection.conv."],
+    [r"\.(proj_in|proj_out)\.", ".{_1}.conv."],
+    [r"\.to_out\.0\.", ".out_proj."],
+    [r"\.ff\.net\.0\.proj\.", ".ff.linear1."],
+    [r"\.ff\.net\.2\.", ".ff.linear2."],
+]
+
+_KNOBS = {
+    "in_channels": "$shape('input_blocks.0.0.weight', 1)",
+    "channels": "$C",
+    "num_res_blocks": "$B[0] if min(B) == max(B) else B",
+    "attention_levels": "$[has(f'input_blocks.{s}.1.norm.weight') for s in S]",
+    "num_head_channels": "$[c // 8 for c in C]",
+    "with_conditioning": True,
+    "cross_attention_dim": "$shape('middle_block.1.transformer_blocks.0.attn2.to_k.weight', 1)",
+    "transformer_num_layers": "$T",
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "transformer_norm_eps": 1e-6,
+}
+
+UNET: dict[str, Any] = {
+    "constants": _CONSTANTS,
+    "rename": _RENAME,
+    "knobs": {**_KNOBS, "out_channels": "$shape('out.2.weight', 0)"},
+}
+
+# The hint: original stem, a sequence of convolutions at every other place, or dense stem (its last convolution at 1).
+CONTROLNET: dict[str, Any] = {
+    "constants": {
+        **_CONSTANTS,
+        "H": r"$count(r'^input_hint_block\.\d+\.weight$')",
+        "P": r"$count(r'^input_hint_block\.0\.patch_merge\d+\.norm\.weight$')",
+        "dense": "$has('input_hint_block.0.initial_conv.weight')",
+        "first": "$'input_hint_block.0.initial_conv.weight' if dense else 'input_hint_block.0.weight'",
+    },
+    "rename": [
+        [r"^input_hint_block\.0\.initial_conv\.", "controlnet_cond_embedding.convs.0.conv."],
+        [r"^input_hint_block\.0\.conv_before_res(\d+)\.", "controlnet_cond_embedding.convs.{_1 - 1}.conv."],
+        [
+            r"^input_hint_block\.0\.layer(\d+)\.conv(\d)\.",
+            "controlnet_cond_embedding.units.{_1 - 1}.conv.unit{_2 - 1}.conv.",
+        ],
+        [r"^input_hint_block\.0\.patch_merge(\d+)\.", "controlnet_cond_embedding.merges.{_1 - 1}."],
+        [r"^input_hint_block\.0\.(weight|bias)$", "controlnet_cond_embedding.conv_in.conv.{_1}"],
+        [
+            r"^input_hint_block\.(\d+)\.",
+            "controlnet_cond_embedding.{'conv_out' if _1 == max(1, 2 * H - 2) else 'blocks.%d' % (_1 // 2 - 1)}.conv.",
+        ],
+        [r"^zero_convs\.0\.0\.", "controlnet_down_blocks.0."],
+        [r"^zero_convs\.(\d+)\.0\.", "controlnet_down_blocks.{_1}.conv."],
+        [r"^middle_block_out\.0\.", "controlnet_mid_block.conv."],
+        *_RENAME,
+    ],
+    "knobs": {
+        **_KNOBS,
+        "hint_channels": "$shape(first, 1)",
+        "dense_hint": "$dense",
+        "num_merges": "$P",
+    },
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Autoencoder: our blocks are one flat list for each side
+
+AUTOENCODER: dict[str, Any] = {
+    "constants": {
+        "L": r"$count(r'^encoder\.down\.\d+\.block\.0\.norm1\.weight$')",
+        "R": r"$count(r'^encoder\.down\.0\.block\.\d+\.norm1\.weight$')",
+        # Blocks of a residual unit, 2 where attention follows it; first block of each level, down and up; the ends.
+        "A": "$[1 + has(f'encoder.down.{i}.attn.0.norm.weight') for i in range(L)]",
+        "E": "$[1 + len([0 for k in range(i) for _ in range(R * A[k] + 1)]) for i in range(L)]",
+        "G": "$[4 + len([0 for k in range(i + 1, L) for _ in range((R + 1) * A[k] + 1)]) for i in range(L)]",
+        "M": "$E[L - 1] + R * A[L - 1]",
+        "O": "$G[0] + (R + 1) * A[0]",
+    },
+    "drop": [[r"loss\..*", "discriminator of the autoencoder's training"]],
+    "rename": [
+        [r"^(encoder|decoder)\.conv_in\.", "{_1}.blocks.0.conv."],
+        [r"^encoder\.down\.(\d+)\.block\.(\d+)\.", "encoder.blocks.{E[_1] + _2 * A[_1]}."],
+        [r"^encoder\.down\.(\d+)\.attn\.(\d+)\.", "encoder.blocks.{E[_1] + _2 * A[_1] + 1}."],
+        [r"^encoder\.down\.(\d+)\.downsample\.", "encoder.blocks.{E[_1] + R * A[_1]}.conv."],
+        [r"^encoder\.mid\.block_(\d)\.", "encoder.blocks.{M + 2 * _1 - 2}."],
+        [r"^encoder\.mid\.attn_1\.", "encoder.blocks.{M + 1}."],
+        [r"^encoder\.norm_out\.", "encoder.blocks.{M + 3}."],
+        [r"^encoder\.conv_out\.", "encoder.blocks.{M + 5}.conv."],
+        [r"^decoder\.mid\.block_(\d)\.", "decoder.blocks.{2 * _1 - 1}."],
+        [r"^decoder\.mid\.attn_1\.", "decoder.blocks.2."],
+        [r"^decoder\.up\.(\d+)\.block\.(\d+)\.", "decoder.blocks.{G[_1] + _2 * A[_1]}."],
+        [r"^decoder\.up\.(\d+)\.attn\.(\d+)\.", "decoder.blocks.{G[_1] + _2 * A[_1] + 1}."],
+        [r"^decoder\.up\.(\d+)\.upsample\.conv\.", "decoder.blocks.{G[_1] + (R + 1) * A[_1]}.postconv.conv."],
+        [r"^decoder\.norm_out\.", "decoder.blocks.{O}."],
+        [r"^decoder\.conv_out\.", "decoder.blocks.{O + 2}.conv."],
+        [r"\.(conv1|conv2|nin_shortcut)\.", ".{_1}.conv."],
+        [r"\.([qkv])\.(weight|bias)$", ".attn.to_{_1}.{_2}"],
+        [r"\.proj_out\.", ".attn.out_proj."],
+        [r"^quant_conv\.", "moments."],
+        [r"^post_quant_conv\.", "post_quant_conv.conv."],
+    ],
+    "split": [{"key": "moments.", "into": ["quant_conv_mu.conv.", "quant_conv_log_sigma.conv."]}],
+    "squeeze": [r".*\.attn\.(to_[qkv]|out_proj)\.weight"],
+    "knobs": {
+        "in_channels": "$shape('encoder.conv_in.weight', 1)",
+        "out_channels": "$shape('decoder.conv_out.weight', 0)",
+        "channels": "$[shape(f'encoder.down.{i}.block.0.conv1.weight', 0) for i in range(L)]",
+        "num_res_blocks": "$R",
+        "attention_levels": "$[a == 2 for a in A]",
+        "latent_channels": "$shape('post_quant_conv.weight', 1)",
+        "norm_num_groups": 32,
+    },
+}
