@@ -4,7 +4,8 @@ In configs it is called ``scripts.common.<room>``. Rooms along the path of the d
 
 - `io`: case lists, atomic writing
 - `cases`: a stream of cases that survives bad ones, a saver that leaves a side-car with each
-- `phantoms`, `mask_phantoms`: procedural bodies and masks, every bundle's default cohort
+- `prompts`: Siamese-Diffusion's index of masks, images and prompts
+- `phantoms`, `mask_phantoms`, `endoscopy_phantoms`: procedural bodies, masks and polyps, every bundle's default cohort
 - `transforms`: dictionary transforms MONAI lacks
 - `semantics`, `mask_statistics`: size, place and count of what masks show, and models that draw new ones
 - `conditioning`: how a condition reaches the network

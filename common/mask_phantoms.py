@@ -27,8 +27,11 @@ def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
     return np.meshgrid(centres, centres)
 
 
-def _blob(rng: np.random.Generator, grid: tuple[np.ndarray, np.ndarray], x: float, y: float, area: float) -> np.ndarray:
-    """A star-shaped lesion of about the given area around (x, y): an ellipse whose rim waves in four harmonics."""
+def blob(rng: np.random.Generator, grid: tuple[np.ndarray, np.ndarray], x: float, y: float, area: float) -> np.ndarray:
+    """A star-shaped lesion of about the given area around (x, y): an ellipse whose rim waves in four harmonics.
+
+    Returns how far out a pixel lies: 0 in the middle, below 1 inside, 1 on the rim.
+    """
     stretch, turn = rng.uniform(1.0, 1.7) ** 0.5, rng.uniform(0, np.pi)
     dx, dy = grid[0] - x, grid[1] - y
     u = (dx * np.cos(turn) + dy * np.sin(turn)) / stretch
@@ -37,7 +40,7 @@ def _blob(rng: np.random.Generator, grid: tuple[np.ndarray, np.ndarray], x: floa
     harmonics = [(k, rng.normal(0, 0.11 / (k - 1)), rng.uniform(0, 2 * np.pi)) for k in (2, 3, 4, 5)]
     rim = 1 + sum(a * np.cos(k * angle + phase) for k, a, phase in harmonics)
     power = 1 + sum(a**2 for _, a, _ in harmonics) / 2  # the waves' own share of the area
-    return np.hypot(u, v) < rim * np.sqrt(area / (np.pi * power))
+    return np.hypot(u, v) / (rim * np.sqrt(area / (np.pi * power)))
 
 
 def lesions(seed: int, size: int = 128) -> np.ndarray:
@@ -52,7 +55,7 @@ def lesions(seed: int, size: int = 128) -> np.ndarray:
         # Where it lies whole or nearly so, which keeps the large ones central.
         x, y = rng.uniform(0.8 * radius, 1 - 0.8 * radius, 2)
         if all(np.hypot(x - px, y - py) > 1.5 * (radius + pr) for px, py, pr in placed):
-            mask |= _blob(rng, grid, x, y, area)
+            mask |= blob(rng, grid, x, y, area) < 1
             placed.append((x, y, radius))
     return np.where(mask, 255, 0).astype(np.uint8)
 

@@ -1,4 +1,4 @@
-"""Dictionary transforms MONAI lacks: checked layouts, conditions from layouts, moved nodules, patches pasted back.
+"""Dictionary transforms MONAI lacks: checked layouts, conditions from layouts, moved nodules and masks, pasted patches.
 
 All follow MONAI's conventions (keys, channel-first ``MetaTensor``); what is random at inference draws from the case's
 own ``seed``.
@@ -564,3 +564,86 @@ class PasteBackd(Transform):
             keep = (outside.to(pred.device) | pred.isnan()) & original.to(pred.device).isfinite()
             data[self.key] = torch.where(keep, original.to(device=pred.device, dtype=pred.dtype), pred)
         return data
+
+
+class RandMaskd(Transform, Randomizable):
+    """Mirrors, resizes and shifts a mask: new masks from known ones, to synthesise from (Siamese-Diffusion's "Random").
+
+    Drawn again until the lesion's area fits; a case for which none of the draws does is refused. What a case draws
+    depends on its own ``seed`` alone; without one, on the transform's random state.
+
+    Args:
+        key: mask (K, *S), positive inside.
+        mode: ``"random"``, or ``"keep"``, which changes nothing.
+        zoom: range of the factor by which the mask is resized.
+        shift: largest shift along an axis, as a fraction of it.
+        area: range of the lesion's share of the mask.
+        change: range of the factor by which that share may differ from the original one.
+        tries: draws before the case is refused.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        mode: str = "random",
+        zoom: Sequence[float] = (0.8, 1.2),
+        shift: float = 0.1,
+        area: Sequence[float] = (0.005, 0.7),
+        change: Sequence[float] = (0.5, 2.0),
+        tries: int = 50,
+    ) -> None:
+        if mode not in ("keep", "random"):
+            raise ValueError(f"masks must be 'keep' or 'random', got {mode!r}")
+        if not 0 < zoom[0] <= zoom[1]:
+            raise ValueError(f"zoom must be a range above 0, got {tuple(zoom)}")
+        self.key = key
+        self.mode = mode
+        self.zoom = tuple(zoom)
+        self.shift = shift
+        self.area = tuple(area)
+        self.change = tuple(change)
+        self.tries = tries
+
+    def __call__(self, data: Data) -> dict:
+        """Draw with the case's own seed until a mask fits."""
+        data = dict(data)
+        if self.mode == "keep":
+            return data
+        if "seed" in data:
+            seeds = np.random.SeedSequence([int(data["seed"]), 0x6D61736B])
+            self.set_random_state(seed=int(seeds.generate_state(1)[0]))
+        mask = torch.as_tensor(data[self.key])
+        before = self.share(mask)
+        low, high = max(self.area[0], self.change[0] * before), min(self.area[1], self.change[1] * before)
+        for _ in range(self.tries if before else 0):
+            self.randomize(mask.ndim - 1)
+            moved = self.move(mask)
+            if low <= self.share(moved) <= high:
+                data[self.key] = _like(moved, MetaTensor(data[self.key]))
+                return data
+        raise CaseError(
+            f"{_file(data, self.key)}: lesion fills {before:.2%} of the mask, and none of {self.tries} random masks "
+            f"came to between {low:.2%} and {high:.2%}: widen the range of areas, or leave the case out"
+        )
+
+    def randomize(self, data: int = 2) -> None:
+        """Draw for so many axes: which are mirrored, one factor, how far they shift."""
+        self.flips = self.R.rand(data) < 0.5
+        self.factor = self.R.uniform(self.zoom[0], self.zoom[1])
+        self.shifts = self.R.uniform(-self.shift, self.shift, data)
+
+    def move(self, mask: torch.Tensor) -> torch.Tensor:
+        """Apply what was drawn: each pixel takes its nearest one, from outside the mask zero."""
+        for axis, (flip, shift) in enumerate(zip(self.flips, self.shifts, strict=True), start=1):
+            count = mask.shape[axis]
+            middle = (count - 1) / 2
+            offset = (np.arange(count) - middle - shift * count) / self.factor
+            source = np.rint(middle - offset if flip else middle + offset).astype(int)
+            outside = torch.as_tensor((source < 0) | (source >= count), device=mask.device)
+            index = torch.as_tensor(source.clip(0, count - 1), device=mask.device)
+            mask = mask.index_select(axis, index).index_fill(axis, outside.nonzero()[:, 0], 0)
+        return mask
+
+    def share(self, mask: torch.Tensor) -> float:
+        """Share of the mask that any lesion fills."""
+        return float((mask > 0).any(dim=0).float().mean())

@@ -21,10 +21,10 @@ COMMON = sorted((REPO / "common").glob("*.py"))
 SOURCES = [*COMMON, *sorted((REPO / "tools").glob("*.py")), *sorted((REPO / "bundles").glob("*/scripts/*.py"))]
 
 LEAVES = {"schedules", "solvers", "semantics", "transforms", "totalsegmentator", "text", "io", "checkpoints"}
-LEAVES |= {"metrics", "phantoms", "mask_phantoms", "execution", "pictures", "workflow"}
+LEAVES |= {"metrics", "phantoms", "mask_phantoms", "prompts", "execution", "pictures", "workflow"}
 ROOMS = {"unet", "sampler", "conditioning", "siamese", "categorical", "training", "cases"}
 ROOMS |= {"evaluation", "mask_evaluation", "mask_metrics", "mask_sampler", "mask_statistics"}
-ROOMS |= {"autoencoder", "controlnet", "ldm_layout"}
+ROOMS |= {"autoencoder", "controlnet", "ldm_layout", "endoscopy_phantoms"}
 FOR_ALL = {"io", "schedules"}
 
 

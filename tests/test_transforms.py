@@ -26,6 +26,7 @@ from common.transforms import (
     MapLayoutd,
     PasteBackd,
     PlaceNoduled,
+    RandMaskd,
     ToMaskd,
 )
 
@@ -404,3 +405,67 @@ def test_masks_that_cannot_be_meant_are_refused(mask, labels, message):
     mask.meta["filename_or_obj"] = "folder/odd.png"
     with pytest.raises(CaseError, match=f"odd.png.*{message}"):
         ToMaskd("mask", (8, 8), labels)({"mask": mask})
+
+
+def disc(x: float = 0.45, y: float = 0.55, radius: float = 0.2, size: int = 48) -> MetaTensor:
+    """A mask (1, H, W) with one round lesion."""
+    centres = (torch.arange(size) + 0.5) / size
+    inside = (centres[None] - x) ** 2 + (centres[:, None] - y) ** 2 < radius**2
+    return MetaTensor(inside[None].float(), meta={"filename_or_obj": "round.png"})
+
+
+def test_a_random_mask_is_the_seeds_and_stays_a_mask() -> None:
+    rand, masks = RandMaskd("mask"), [disc() for _ in range(60)]
+    moved = [rand({"mask": mask, "seed": case_seed(0, str(i))})["mask"] for i, mask in enumerate(masks)]
+    assert torch.equal(rand({"mask": disc(), "seed": case_seed(0, "7")})["mask"], moved[7]), "whatever came between"
+    assert len({mask.numpy().tobytes() for mask in moved}) > 50
+    assert all(set(mask.unique().tolist()) == {0.0, 1.0} and mask.shape == (1, 48, 48) for mask in moved)
+    assert moved[0].meta["filename_or_obj"] == "round.png"
+    # Zoom and shift span their ranges, and no more.
+    factors = np.sqrt([float(mask.sum() / disc().sum()) for mask in moved])
+    assert 0.77 < factors.min() < 0.85
+    assert 1.15 < factors.max() < 1.23
+    where = np.array([ndimage.center_of_mass(mask[0].numpy()) for mask in moved]) / 48 - 0.5
+    assert (np.abs(where) < 0.05 * 1.2 + 0.1 + 0.02).all()
+    assert (np.abs(where).max(axis=0) > 0.1).all()
+
+
+def test_each_axis_is_mirrored_half_the_time() -> None:
+    rand = RandMaskd("mask", zoom=(1.0, 1.0), shift=0.0)
+    rand.set_random_state(seed=0)
+    quarter = torch.zeros(1, 8, 8)
+    quarter[:, :3, :5] = 1
+    moved = [rand({"mask": quarter})["mask"] for _ in range(80)]
+    ways = [quarter.flip(axes) for axes in ((), (1,), (2,), (1, 2))]
+    counts = [sum(torch.equal(mask, way) for mask in moved) for way in ways]
+    assert sum(counts) == 80, "nothing but mirroring, to the pixel"
+    assert min(counts) > 8
+
+
+def test_random_masks_respect_the_area_and_classes_move_together() -> None:
+    rand = RandMaskd("mask", area=(0.13, 0.2))
+    two = torch.cat([disc(radius=0.2), disc(radius=0.1)])
+    for seed in range(30):
+        moved = rand({"mask": two, "seed": seed})["mask"]
+        assert 0.13 <= float(moved[0].mean()) <= 0.2
+        assert (moved[1] <= moved[0]).all(), "the inner class stays inside the outer"
+    # At the border shifts cut lesions off: never more than half.
+    corner = disc(0.05, 0.05, 0.1)
+    areas = [float(RandMaskd("mask")({"mask": corner, "seed": s})["mask"].sum() / corner.sum()) for s in range(60)]
+    assert 0.5 <= min(areas) < max(areas) <= 2
+
+
+def test_masks_without_a_fitting_random_one_are_refused() -> None:
+    with pytest.raises(CaseError, match=r"round.png: lesion fills 12.*none of 5 random masks.*widen the range"):
+        RandMaskd("mask", area=(0.6, 0.7), tries=5)({"mask": disc(), "seed": 1})
+    with pytest.raises(CaseError, match=r"lesion fills 0\.00%"):
+        RandMaskd("mask")({"mask": torch.zeros(1, 8, 8), "seed": 1})
+
+
+def test_kept_masks_stay_and_options_are_checked() -> None:
+    mask = torch.zeros(1, 8, 8)
+    assert RandMaskd("mask", mode="keep")({"mask": mask})["mask"] is mask
+    with pytest.raises(ValueError, match="'keep' or 'random', got 'move'"):
+        RandMaskd("mask", mode="move")
+    with pytest.raises(ValueError, match="zoom must be a range above 0"):
+        RandMaskd("mask", zoom=(0.0, 1.0))

@@ -1,0 +1,126 @@
+"""The data index of Siamese-Diffusion: built from folders, read back, and every error named with its line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from common.io import CaseError
+from common.prompts import build_prompts, read_prompts
+
+ENTRY = {"source": "masks/a.png", "target": "images/a.jpg", "prompt": "a polyp"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("images/b.png", "images/a.jpg", "masks/a.png", "masks/b.png", "masks/.hidden.png", "masks/note.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def written(folder, *lines):
+    path = folder / "prompt.json"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return path
+
+
+def test_what_is_built_is_read(folder):
+    path = build_prompts(folder, "Ein Polyp \u2013 rot\u2028oder blass.")
+    assert path == str(folder / "prompt.json")
+    lines = Path(path).read_text().splitlines()
+    assert json.loads(lines[0])["source"] == "masks/a.png", "relative to the file"
+    cases = read_prompts(path)
+    assert [case["name"] for case in cases] == ["a", "b"]
+    assert cases[0] == {
+        "name": "a",
+        "mask": str(folder / "masks" / "a.png"),
+        "image": str(folder / "images" / "a.jpg"),
+        "prompt": "Ein Polyp \u2013 rot\u2028oder blass.",
+    }
+
+
+def test_other_folders_and_the_default_prompt(folder):
+    (folder / "images").rename(folder / "photos")
+    cases = read_prompts(build_prompts(folder, images="photos"))
+    assert cases[0]["image"] == str(folder / "photos" / "a.jpg")
+    assert cases[0]["prompt"] == "A photo of a polyp."
+
+
+def test_all_missing_partners_are_named_at_once(folder):
+    (folder / "images" / "c.png").touch()
+    (folder / "masks" / "d.png").touch()
+    (folder / "masks" / "e.png").touch()
+    with pytest.raises(CaseError, match=r"images lacks d, e; .*masks lacks c: images and masks pair by name"):
+        build_prompts(folder)
+    for i in range(9):
+        (folder / "masks" / f"x{i}.png").touch()
+    with pytest.raises(CaseError, match="images lacks d, e, x0, x1, x2 and 6 more"):
+        build_prompts(folder)
+    assert not (folder / "prompt.json").exists()
+
+
+def test_folders_that_cannot_be_paired(folder, tmp_path):
+    (folder / "masks" / "a.bmp").touch()
+    with pytest.raises(CaseError, match=r"a\.bmp and a\.png for one case: keep one"):
+        build_prompts(folder)
+    with pytest.raises(FileNotFoundError, match="photos is not a folder"):
+        build_prompts(folder, images="photos")
+    (tmp_path / "empty" / "images").mkdir(parents=True)
+    (tmp_path / "empty" / "masks").mkdir()
+    with pytest.raises(CaseError, match="hold no image files"):
+        build_prompts(tmp_path / "empty")
+
+
+def test_lines_and_an_array_are_read_alike(folder):
+    other = {**ENTRY, "source": "masks/b.png", "target": "images/b.png"}
+    lines = read_prompts(written(folder, ENTRY, "", other, ""))
+    assert len(lines) == 2
+    assert read_prompts(written(folder, json.dumps([ENTRY, other], indent=2))) == lines
+    assert read_prompts(written(folder, "\ufeff" + json.dumps(ENTRY) + "\r")) == lines[:1], "as some editors save it"
+
+
+def test_paths_may_start_at_the_working_directory(folder, monkeypatch):
+    (folder / "data").mkdir()
+    path = written(folder / "data", ENTRY)
+    with pytest.raises(CaseError, match=r"masks/a\.png is neither beside the index nor in the working directory"):
+        read_prompts(path)
+    monkeypatch.chdir(folder)
+    assert read_prompts(path)[0]["mask"] == str(folder / "masks" / "a.png")
+
+
+def test_images_are_optional_where_the_caller_says_so(folder):
+    bare = {"source": "masks/b.png", "target": None, "prompt": "a polyp"}
+    cases = read_prompts(written(folder, ENTRY, bare), optional=("image",))
+    assert "image" in cases[0]
+    assert set(cases[1]) == {"name", "mask", "prompt"}
+    with pytest.raises(CaseError, match="line 2: lacks target"):
+        read_prompts(written(folder, ENTRY, bare))
+
+
+@pytest.mark.parametrize(("lines", "message"), [
+    ([ENTRY, '{"source": '], "line 2: broken JSON"),
+    (["[1, 2"], "prompt.json: broken JSON"),
+    ([ENTRY, "3"], "line 2: lacks source, target, prompt, expected texts"),
+    ([[ENTRY, {"source": "masks/b.png"}]], "entry 2: lacks target, prompt"),
+    (["", {**ENTRY, "prompt": 7}], "line 2: lacks prompt"),
+    ([{**ENTRY, "source": "masks/z.png"}], "line 1: masks/z.png is neither"),
+    ([{**ENTRY, "target": "images/z.png"}], "line 1: images/z.png is neither"),
+    ([{**ENTRY, "source": ""}], "line 1:  is neither"),
+    ([ENTRY, ENTRY], "line 2: a case a has been named before"),
+    ([""], "is empty: expected one object of source, target, prompt"),
+    ([[]], "is empty"),
+])  # fmt: skip
+def test_errors_name_the_line(folder, lines, message):
+    with pytest.raises(CaseError, match=f"prompt.json.*{message}|{message}"):
+        read_prompts(written(folder, *lines))
+
+
+def test_an_index_that_is_none(folder):
+    with pytest.raises(FileNotFoundError, match="write it with build_prompts"):
+        read_prompts(folder / "none.json")
+    (folder / "prompt.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(CaseError, match="not text in UTF-8"):
+        read_prompts(folder / "prompt.json")
