@@ -10,6 +10,7 @@ import torch
 from monai.networks.nets import DiffusionModelUNet
 
 from bundles.cmdm.scripts.network import GatedBlock, GatedUNet, TimedBlock
+from tools.import_weights import import_checkpoint
 
 SMALL = {"channels": [8, 16], "attention_levels": [False, True], "num_res_blocks": 1, "num_head_channels": [2, 4]}
 SMALL |= {"norm_num_groups": 4, "norm_eps": 1e-5}
@@ -137,3 +138,14 @@ def test_published_sizes(repo: Path, size, multipliers, parameters):
     paper = json.loads((repo / "bundles/cmdm/configs/paper.json").read_text())
     if size == 256:
         assert (paper["channels"], paper["attention_levels"]) == (channels, attention)
+
+
+def test_heads_are_what_one_says(repo: Path):
+    """Weights do not tell their attention heads: 4 is assumed, and another number gives another network."""
+    path = repo.parent / "shared" / "parity" / "cmdm" / "dev_net_a.pt"
+    if not path.is_file():
+        pytest.skip(f"parity data absent: {path}")
+    four, two = (import_checkpoint(repo / "bundles/cmdm", path, preset="paper", num_heads=n)[0] for n in (4, 2))
+    x = torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert not torch.allclose(four(x), two(x), atol=1e-4)

@@ -369,10 +369,9 @@ def test_cmdm_statistics_of_the_whole_model(name):
 
 def cmdm_network(name: str) -> torch.nn.Module:
     """The authors' checkpoint through the public import path."""
-    network, card = import_checkpoint(
-        REPO / "bundles" / "cmdm", parity_file("cmdm", name.replace(".json", ".pt")), preset="paper"
-    )
     expected = settings("cmdm", name)
+    file = parity_file("cmdm", name.replace(".json", ".pt"))
+    network, card = import_checkpoint(REPO / "bundles" / "cmdm", file, preset="paper", num_heads=expected["num_heads"])
     assert card["parameters"] == expected["parameters"]
     assert sum(entry["count"] for entry in card["keys"]["dropped"].values()) == 7, "only the schedule's tables"
     return network.eval()

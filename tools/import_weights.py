@@ -69,6 +69,9 @@ def import_checkpoint(
         rules["select"] = [part]
     parser = _parser(root, preset)
     _check_knobs(parser, knobs)
+    # What the weights cannot tell stands among the rules' constants, until the user says otherwise.
+    constants = rules.get("constants", {})
+    rules["constants"] = {**constants, **{k: v for k, v in knobs.items() if k in constants}}
     content = read_weights(path)
     state, name = select(content, rules)
     knobs = read_knobs(state, rules, knobs)
