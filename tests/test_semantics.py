@@ -1,10 +1,9 @@
-"""Laws of `common.semantics`: exact measures, conditions that pair up, draws like the data, checked requests."""
+"""Laws of `common.semantics`: exact measures, and conditions that belong to what they stand beside."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,15 +22,7 @@ from common.semantics import (
     measure_cases,
 )
 
-MASKS = Path(__file__).resolve().parents[2] / "shared" / "data" / "cmdm_masks"
-SEEDS = (0, 1, 2)
-SMALLEST = 25 / 128**2
 CLASSES = [1, 2, 3]
-Masks = list[list[Lesion]]
-
-
-def random(seed: int = 0) -> np.random.Generator:
-    return np.random.default_rng(seed)
 
 
 def canvas(*boxes: tuple[int, int, int, int], height: int = 20, width: int = 20) -> np.ndarray:
