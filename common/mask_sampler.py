@@ -185,9 +185,7 @@ class CheckedMaskSampler(AddedMaskSampler):
         result, again = np.zeros(shape, dtype=bool), []
         for (b, p), draws in sorted(candidates.items(), key=lambda item: item[0]):
             rim = np.stack([ndimage.binary_dilation(mask, EIGHT) for mask in result[b]])
-            touching, error, best = min(
-                ((bool((rim & mask).any()), error, i) for i, (error, mask) in enumerate(draws)), default=(True, 0.0, 0)
-            )
+            touching, error, best = min((bool((rim & mask).any()), error, i) for i, (error, mask) in enumerate(draws))
             if touching or error > 1:
                 again.append((b, p))
             result[b] |= draws[best][1]

@@ -219,13 +219,11 @@ def measure_cases(
     for case in tqdm(cases, "measuring", disable=None, leave=False):
         try:
             found.append(measure(load(case)[key], labels, min_size))
-        except RuntimeError as error:  # what MONAI makes of an error in a transform
+        except (CaseError, RuntimeError) as error:  # a RuntimeError is what MONAI makes of an error in a transform
             cause = unwrap(error)
             if not isinstance(cause, CaseError):
                 raise
             bad.append(str(cause))
-        except CaseError as error:
-            bad.append(str(error))
     if bad:
         more = f"\n... and {len(bad) - 20} more" if len(bad) > 20 else ""
         raise CaseError("\n".join(bad[:20]) + more)
