@@ -6,14 +6,16 @@ of either side, as many residual blocks in the decoder as in the encoder, and mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from monai.networks.blocks import Convolution
 from monai.networks.nets import AutoencoderKL
 from monai.networks.nets.autoencoderkl import Decoder
-from monai.utils import ensure_tuple_rep
+from monai.transforms import Transform
+from monai.utils import convert_to_tensor, ensure_tuple_rep
 from torch import Tensor, nn
 
 from .schedules import Noise, draw
@@ -91,6 +93,36 @@ class LDMAutoencoder(AutoencoderKL):
         return super().encode(x)
 
 
+class PatchAutoencoder(nn.Module):
+    """The autoencoder that loses nothing and learns nothing: the pixels of each patch become channels.
+
+    It stands where a trained one may: diffusion on pixels, at the cost of the smaller grid.
+
+    Args:
+        spatial_dims: 2 or 3.
+        patch: side of a patch.
+    """
+
+    def __init__(self, spatial_dims: int, patch: int = 2) -> None:
+        super().__init__()
+        self.patch = patch
+        axes = "hwd"[:spatial_dims]
+        self.pixels = "b c " + " ".join(f"({axis} p{axis})" for axis in axes)
+        self.patches = f"b (c {' '.join(f'p{axis}' for axis in axes)}) " + " ".join(axes)
+        self.sides = {f"p{axis}": patch for axis in axes}
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, C, *S) -> (B, C patch^dims, *S / patch), and a standard deviation of zero."""
+        if any(side % self.patch for side in x.shape[2:]):
+            raise ValueError(f"the image has sides {tuple(x.shape[2:])}, expected multiples of {self.patch}: resize it")
+        patches = rearrange(x, f"{self.pixels} -> {self.patches}", **self.sides)
+        return patches, torch.zeros_like(patches)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The way back."""
+        return rearrange(z, f"{self.patches} -> {self.pixels}", **self.sides)
+
+
 class LatentSpace:
     """Where latent diffusion runs: latents of an autoencoder, scaled to about unit variance.
 
@@ -101,7 +133,7 @@ class LatentSpace:
         scale: latents are multiplied by it (Stable Diffusion: 0.18215).
     """
 
-    def __init__(self, autoencoder: AutoencoderKL, scale: float = 1.0) -> None:
+    def __init__(self, autoencoder: AutoencoderKL | PatchAutoencoder, scale: float = 1.0) -> None:
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.scale = scale
 
@@ -125,3 +157,23 @@ class LatentSpace:
 def unit_scale(latents: Tensor) -> float:
     """Scale that gives unscaled latents unit variance, as latent diffusion sets it for an autoencoder of one's own."""
     return float(1 / latents.float().std())
+
+
+class LatentMomentsd(Transform):
+    """Adds ``mean`` and ``std`` of an image's latent: with MONAI's ``CacheDataset``, each image is encoded once.
+
+    Args:
+        key: image (C, *S) in [-1, 1].
+        latents: the latent space.
+        device: where its autoencoder lies.
+    """
+
+    def __init__(self, key: str, latents: LatentSpace, device: str | torch.device = "cpu") -> None:
+        self.key = key
+        self.latents = latents
+        self.device = device
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict:
+        """Encode."""
+        mean, std = self.latents.moments(convert_to_tensor(data[self.key])[None].to(self.device))
+        return {**data, "mean": mean[0].cpu(), "std": std[0].cpu()}

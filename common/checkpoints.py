@@ -116,22 +116,31 @@ class CheckpointLoader(monai.handlers.CheckpointLoader):
                 raise CheckpointError(f"{self.load_path} has no entry {name!r}, only {', '.join(map(repr, content))}")
             state = content if inner is None else inner
             if isinstance(item, nn.Module):
-                self._load(unwrapped(item), state)
+                fill(unwrapped(item), state, self.load_path, strict=self.strict)
             else:
                 item.load_state_dict(state)
         self.logger.info(f"Restored all variables from {self.load_path}")
 
-    def _load(self, network: nn.Module, state: Mapping[str, Any]) -> None:
-        problems = compare(state, network.state_dict())
-        if problems and self.strict:
-            raise CheckpointError(
-                f"{self.load_path} does not fit the network: {problems}. Weights and knobs differ: pass the overlay "
-                "that tools/import_weights.py wrote (models/imported.json), the knobs of that training, or train again"
-            )
-        if problems:
-            self.logger.warning(f"{self.load_path} fits in part only: {problems}")
-        target = network.state_dict()
-        network.load_state_dict({k: v for k, v in state.items() if _fits(v, target.get(k))}, strict=self.strict)
+
+def fill(network: nn.Module, state: Mapping[str, Any], path: str | os.PathLike | None, *, strict: bool = True) -> None:
+    """Load weights that must fit, or, not `strict`, those that do; `path`, their file, is for the message."""
+    target = network.state_dict()
+    problems = compare(state, target)
+    if problems and strict:
+        raise CheckpointError(
+            f"{path} does not fit the network: {problems}. Weights and knobs differ: pass the overlay "
+            "that tools/import_weights.py wrote (models/imported.json), the knobs of that training, or train again"
+        )
+    if problems:
+        logger.warning(f"{path} fits in part only: {problems}")
+    network.load_state_dict({k: v for k, v in state.items() if _fits(v, target.get(k))}, strict=strict)
+
+
+def filled(network: nn.Module, path: str | os.PathLike | None) -> nn.Module:
+    """The network with the weights of a file, which must fit; without a path as it is."""
+    if path is not None:
+        fill(network, read_weights(path), path)
+    return network
 
 
 def compare(state: Mapping[str, Any], target: Mapping[str, Tensor], origin: Mapping[str, str] | None = None) -> str:

@@ -22,7 +22,7 @@ class Condition(Protocol):
     """Adapter: binds a condition to a network."""
 
     def __call__(self, network: Network, condition: torch.Tensor) -> Denoiser:
-        """Return ``denoise(x_t, timesteps)``."""
+        """Return ``denoise(x_t, timesteps)``; an adapter may take more, by name, of what belongs to each case."""
         ...
 
 
@@ -49,7 +49,8 @@ class ControlNetHint:
         controlnet: ControlNet for the network: ours (`controlnet.HintControlNet`) encodes the hint once for an image,
             MONAI's at every step. None takes the network's own (`controlnet.ControlledUNet`).
         scale: strength of the residuals.
-        context: tokens for cross-attention as well, (1, L, D), or (B, L, D) for that batch; None gives none.
+        context: tokens for cross-attention as well, (1, L, D), or (B, L, D) for that batch, or numbers of words
+            (1, L) or (B, L); None gives none. What a call brings along takes its place.
     """
 
     def __init__(
@@ -59,10 +60,10 @@ class ControlNetHint:
         self.scale = scale
         self.context = context
 
-    def __call__(self, network: Network, condition: torch.Tensor) -> Denoiser:
-        """Bind ``condition``, the hint (B, K, *S)."""
-        hint = self.encoded(network, condition)
-        return lambda x, t: self.predict(network, hint, x, t, tokens_of(self.context, x))
+    def __call__(self, network: Network, condition: torch.Tensor, context: torch.Tensor | None = None) -> Denoiser:
+        """Bind ``condition``, the hint (B, K, *S), and each case's own tokens."""
+        hint, context = self.encoded(network, condition), self.context if context is None else context
+        return lambda x, t: self.predict(network, hint, x, t, tokens_of(context, x))
 
     def encoded(self, network: Network, hint: torch.Tensor) -> torch.Tensor:
         """What of the hint does not depend on the step; MONAI's ControlNet keeps it as it is."""
@@ -89,25 +90,28 @@ class GuidedContext(ControlNetHint):
 
     Args:
         guidance: scale; 1 is neutral, and then there is no unconditional half.
-        null_context: tokens of the empty prompt, (1, L, D) or (B, L, D).
+        null_context: tokens of the empty prompt, as ``context``.
         kwargs: as in `ControlNetHint`.
     """
 
     def __init__(self, guidance: float, null_context: torch.Tensor | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if guidance != 1 and (null_context is None or self.context is None):
+        if guidance != 1 and null_context is None:
             raise ValueError(f"guidance {guidance} compares context with null_context: give both, or guidance 1")
         self.guidance = guidance
         self.null_context = null_context
 
-    def __call__(self, network: Network, condition: torch.Tensor) -> Denoiser:
-        """Bind ``condition``, the hint (B, K, *S)."""
+    def __call__(self, network: Network, condition: torch.Tensor, context: torch.Tensor | None = None) -> Denoiser:
+        """Bind ``condition``, the hint (B, K, *S), and each case's own tokens."""
         if self.guidance == 1:
-            return super().__call__(network, condition)
+            return super().__call__(network, condition, context)
+        context = self.context if context is None else context
+        if context is None:
+            raise ValueError(f"guidance {self.guidance} needs a context to compare with null_context: give one")
         hint = self.encoded(network, condition).repeat(2, *[1] * (condition.ndim - 1))
 
         def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            tokens: Any = (tokens_of(self.null_context, x), tokens_of(self.context, x))
+            tokens: Any = (tokens_of(self.null_context, x), tokens_of(context, x))
             pred = self.predict(network, hint, torch.cat([x, x]), torch.cat([t, t]), torch.cat(tokens))
             null, conditional = pred.chunk(2)
             return null + self.guidance * (conditional - null)
@@ -116,12 +120,13 @@ class GuidedContext(ControlNetHint):
 
 
 def tokens_of(context: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
-    """Tokens (1, L, D) or (B, L, D) for each case of the batch `x`."""
+    """Tokens, or numbers of words, (1, ...) or (B, ...) for each case of the batch `x`."""
     if context is None:
         return None
     if len(context) not in (1, len(x)):
         raise ValueError(f"context has {len(context)} rows for {len(x)} cases: give one for all, or each case its own")
-    return context.to(x).expand(len(x), -1, -1)
+    context = context.to(x) if context.is_floating_point() else context.to(x.device)
+    return context.expand(len(x), *context.shape[1:])
 
 
 class Guided:
@@ -155,13 +160,16 @@ class Guided:
 class ConditionPrepareBatch(DiffusionPrepareBatch):
     """Draws noise and time for a training batch, and drops conditions for classifier-free guidance.
 
+    Where the batch has the moments of a latent (``mean`` and ``std``), latents drawn from them are noised, else the
+    image.
+
     Args:
         num_train_timesteps: times are uniform on {first_timestep .. num_train_timesteps - 1}.
         condition_name: key of the condition in the batch, or None.
         first_timestep: lowest time (CMDM's schedule has an entry 0 that is never used).
         scheduler: its ``prediction_type`` (noise, image or velocity) is the target; None means noise.
         drop: probability that a case's condition is replaced by ``null``.
-        null: value that stands for "no condition".
+        null: value that stands for "no condition", or a whole condition (L, D) or (L,) that does.
         mode: how ``DiffusionInferer`` joins the condition, ``"concat"`` or ``"crossattn"``.
         seed: makes every call draw the same and leaves the global generators alone, so that validation compares epochs
             on equal draws; None draws anew.
@@ -175,7 +183,7 @@ class ConditionPrepareBatch(DiffusionPrepareBatch):
         first_timestep: int = 0,
         scheduler: Scheduler | None = None,
         drop: float = 0.0,
-        null: float = 0.0,
+        null: float | torch.Tensor = 0.0,
         mode: str = "concat",
         seed: int | None = None,
     ) -> None:
@@ -205,10 +213,17 @@ class ConditionPrepareBatch(DiffusionPrepareBatch):
         with torch.random.fork_rng(devices=cuda, enabled=self.seed is not None):
             if self.seed is not None:
                 torch.manual_seed(self.seed)
+            plain["image"] = self.start(plain)
             image, target, args, infer = super().__call__(plain, device, non_blocking, **kwargs)
             if "condition" in infer:
                 infer |= {"condition": self.dropped(infer["condition"]), "mode": self.mode}
         return image, target, args, infer
+
+    def start(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What is noised (B, C, *S)."""
+        if "mean" not in batch:
+            return batch["image"]
+        return batch["mean"] + batch["std"] * torch.randn_like(batch["mean"])
 
     def get_timesteps(self, images: torch.Tensor) -> torch.Tensor:
         """A time for each case of the batch."""
@@ -226,4 +241,28 @@ class ConditionPrepareBatch(DiffusionPrepareBatch):
         if not self.drop:
             return condition
         chosen = torch.rand(len(condition), *[1] * (condition.ndim - 1)) < self.drop
-        return condition.masked_fill(chosen.to(condition.device), self.null)
+        return torch.where(chosen.to(condition.device), torch.as_tensor(self.null).to(condition), condition)
+
+
+class HintPrepareBatch(ConditionPrepareBatch):
+    """`ConditionPrepareBatch` for a network that is shown the mask and, in training, the image (Siamese-Diffusion).
+
+    The batch has "image" (B, C, *S) in [-1, 1], "mask" (B, 1, *S) in {0, 1} and the tokens ``condition_name``.
+    """
+
+    def __call__(
+        self,
+        batchdata: Mapping[str, torch.Tensor],  # type: ignore[override]
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple, dict]:
+        """Return z_0, target, (), {noise, timesteps, hint_mask, hint_image, context}."""
+        z_0, target, args, infer = super().__call__(batchdata, device, non_blocking, **kwargs)
+        image, mask = (
+            convert_to_tensor(batchdata[key]).to(device, non_blocking=non_blocking) for key in ("image", "mask")
+        )
+        # One stem reads both: the mask gets the image's channels, the image the mask's range.
+        hints = {"hint_mask": mask.expand(-1, image.shape[1], *image.shape[2:]), "hint_image": (image + 1) / 2}
+        drawn = {"noise": infer["noise"], "timesteps": infer["timesteps"], "context": infer["condition"]}
+        return z_0, target, args, drawn | hints

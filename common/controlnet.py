@@ -7,6 +7,7 @@ encoded apart from the rest: in sampling once for an image, not once for a step.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from monai.networks.nets import ControlNet
 from monai.networks.nets.swin_unetr import PatchMergingV2
 from torch import Tensor, nn
 
+from .checkpoints import fill, read_weights
 from .unet import DiffusionEncoder, DiffusionUNet, set_transformer_norm_eps
 
 Control = tuple[list[Tensor], Tensor]
@@ -187,14 +189,31 @@ class ControlledUNet(nn.Module):
         self.unet = unet
         self.controlnet = controlnet
         self.freeze_encoder = freeze_encoder
-        frozen = (unet.time_embed, unet.conv_in, unet.down_blocks, unet.middle_block) if freeze_encoder else ()
-        for module in frozen:
-            module.requires_grad_(False)
+        self.in_channels, self.out_channels = unet.in_channels, unet.out_channels
+        frozen = (unet.time_embed, unet.conv_in, unet.down_blocks, unet.middle_block, unet.words)
+        for module in frozen if freeze_encoder else ():
+            if module is not None:
+                module.requires_grad_(False)
 
     def add_control(self) -> None:
         """Start the ControlNet as a copy of the U-Net's encoder, as the paper does."""
         state = copied_encoder(self.controlnet.state_dict(), self.unet.state_dict())
         self.controlnet.load_state_dict(state)
+
+    def start(self, base: str | os.PathLike | None) -> None:
+        """Fill the network for a training's start.
+
+        Args:
+            base: weights of the U-Net, whose encoder the ControlNet copies; or of both (Stable Diffusion by way of
+                tools/import_weights.py, an earlier training), which are taken as they are; None leaves the U-Net.
+        """
+        state = {} if base is None else read_weights(base)
+        if any(key.startswith("controlnet.") for key in state):
+            fill(self, state, base)
+            return
+        if base is not None:
+            fill(self.unet, state, base)
+        self.add_control()
 
     def forward(
         self,
@@ -211,7 +230,7 @@ class ControlledUNet(nn.Module):
         Args:
             x: noisy image (B, in_channels, *s).
             timesteps: times (B,); zero when left out.
-            context: tokens for cross-attention (B, L, D); one zero token when left out.
+            context: tokens for cross-attention (B, L, D), or numbers of words (B, L); one zero token when left out.
             hint: picture (B, K, *S).
             encoded: the hint from `encode_hint`, in its place.
             scale: strength of the control.
@@ -230,7 +249,7 @@ class ControlledUNet(nn.Module):
         """The tokens given, or a zero token where the networks attend to tokens and none were given."""
         if context is None and self.unet.cross_attention_dim is not None:
             return x.new_zeros(len(x), 1, self.unet.cross_attention_dim)
-        return context
+        return self.unet.tokens(context)
 
     def encode_hint(self, hint: Tensor) -> Tensor:
         """Encode a hint once for all steps."""

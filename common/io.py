@@ -141,13 +141,18 @@ def list_cases(
         raise FileNotFoundError(f"dataset_dir {root} holds no case: expected {_wanted(folders)}, files of equal names")
     if strict and errors:
         raise CaseError("\n".join(errors.values()))
-    cases = []
-    for name in sorted(found):
-        for k in range(num_samples):
-            full = name if num_samples == 1 else f"{name}_s{k}"
-            case = {**found[name], "name": full, "seed": case_seed(seed, f"{name}/{k}")}
-            cases.append({**case, "error": errors[name]} if name in errors else case)
-    return cases
+    listed = [{**found[name], "name": name} for name in sorted(found)]
+    return seeded([{**c, "error": errors[c["name"]]} if c["name"] in errors else c for c in listed], num_samples, seed)
+
+
+def seeded(cases: Sequence[Case], num_samples: int = 1, seed: int = 0) -> list[Case]:
+    """Cases with their own ``seed``; of several samples of each, the names tell which."""
+    return [
+        {**case, "name": name if num_samples == 1 else f"{name}_s{k}", "seed": case_seed(seed, f"{name}/{k}")}
+        for case in cases
+        for name in [case["name"]]
+        for k in range(num_samples)
+    ]
 
 
 def list_synthetic(output_dir: str | os.PathLike) -> list[Case]:

@@ -129,6 +129,39 @@ class MaskSheet:
         return montage(rows, ["real above synthetic"])
 
 
+class PairSheet:
+    """Shows synthetic images, each between the mask it was made from and the real image of that mask.
+
+    Args:
+        real: real images (B, 3, H, W) in [-1, 1].
+        masks: their masks (B, 1, H, W) in {0, 1}.
+        columns: cases in a row.
+        height: of each picture in pixels.
+    """
+
+    def __init__(self, real: Any, masks: Any, columns: int = 4, height: int = 128) -> None:
+        self.real = np.asarray(real)
+        self.masks = np.asarray(masks)
+        self.columns = columns
+        self.height = height
+
+    def __call__(self, synthetic: Any) -> Image.Image:
+        """Picture of synthetic images (B, 3, H, W) in [-1, 1]."""
+        triples = [
+            montage([[picture_of(mask, self.height), photo(image, self.height), photo(real, self.height)]])
+            for mask, image, real in zip(self.masks, np.asarray(synthetic), self.real, strict=True)
+        ]
+        rows = [triples[i : i + self.columns] for i in range(0, len(triples), self.columns)]
+        return montage(rows, ["mask, synthetic, real"])
+
+
+def photo(image: np.ndarray, height: int = 128) -> Image.Image:
+    """A colour image (3, H, W) in [-1, 1], rows first, as a picture."""
+    pixels = np.rint((np.clip(image, -1, 1) + 1) * 127.5).astype(np.uint8)
+    size = (round(height * image.shape[2] / image.shape[1]), height)
+    return ImageOps.expand(Image.fromarray(pixels.transpose(1, 2, 0)).resize(size, Image.Resampling.BICUBIC), 1)
+
+
 def picture_of(mask: np.ndarray, height: int = 96) -> Image.Image:
     """A mask (K, H, W), rows first, as a picture: white, or a colour for each class; with a rim, to see its frame."""
     colours = ((255, 255, 255),) if len(mask) == 1 else COLOURS

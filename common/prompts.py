@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .io import IMAGES, Case, CaseError, atomic_path, stem
+from .io import IMAGES, Case, CaseError, atomic_path, list_cases, seeded, stem
 
 KEYS = {"source": "mask", "target": "image", "prompt": "prompt"}  # theirs -> ours
 
@@ -76,6 +76,38 @@ def read_prompts(path: str | os.PathLike, *, optional: Sequence[str] = ()) -> li
     if not cases:
         raise CaseError(f"{path} is empty: expected one object of {', '.join(KEYS)} on each line")
     return list(cases.values())
+
+
+def list_prompts(
+    dataset_dir: str | os.PathLike,
+    *,
+    prompt: str = "A photo of a polyp.",
+    optional: Sequence[str] = (),
+    num_samples: int = 1,
+    seed: int = 0,
+) -> list[Case]:
+    """List cases by an index, or from folders that have none.
+
+    Args:
+        dataset_dir: an index; a folder with ``prompt.json``; one with ``masks`` and ``images``, files paired by name;
+            or, where images are optional, a folder of masks.
+        prompt: text of cases without one.
+        optional: as in `read_prompts`.
+        num_samples: how many differently seeded samples of every case.
+        seed: the run's seed.
+
+    Returns:
+        cases ``{"name", "mask", "image", "prompt", "seed"}``.
+    """
+    root = Path(dataset_dir).absolute()
+    index = root if root.suffix == ".json" else root / "prompt.json"
+    if index == root or index.is_file():
+        return seeded(read_prompts(index, optional=optional), num_samples, seed)
+    masks = "masks" if "image" not in optional or (root / "masks").is_dir() else "."
+    cases = list_cases(
+        root, {"mask": masks, "image": "images"}, optional=optional, num_samples=num_samples, seed=seed, strict=False
+    )
+    return [{"prompt": prompt, **case} for case in cases]
 
 
 def _files(folder: Path) -> dict[str, str]:

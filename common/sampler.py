@@ -68,6 +68,7 @@ class DiffusionSampler(Inferer):
         *,
         seeds: Sequence[int] | torch.Tensor | None = None,
         noise: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        **condition: torch.Tensor,
     ) -> torch.Tensor:
         """Sample one image for each case of the batch.
 
@@ -76,6 +77,7 @@ class DiffusionSampler(Inferer):
             network: predicts from ``(x_t, timesteps, ...)``.
             seeds: one for each case.
             noise: source of all draws, ``noise(like) -> tensor``; it takes the place of the seeds.
+            condition: what else each case brings for the adapter, e.g. ``context``.
 
         Returns:
             sample, float32 (B, channels, *S).
@@ -84,7 +86,7 @@ class DiffusionSampler(Inferer):
         if noise is None:
             cases = range(self.seed, self.seed + len(inputs)) if seeds is None else [int(s) for s in seeds]
             noise = CaseNoise(list(cases))
-        denoise = self.condition(network, self.condition_of(inputs))
+        denoise = self.condition(network, self.condition_of(inputs), **condition)
         x = self.initial(inputs, denoise, noise)
 
         self.scheduler.set_timesteps(self.num_inference_steps)

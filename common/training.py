@@ -121,6 +121,7 @@ class TrainingState:
         interval: epochs between saves; the last epoch is always saved.
         resume: pick up ``checkpoint.pt`` if there is one, the previous one if it is damaged; else start anew (and
             replace it).
+        dtype: of the weights in ``model.pt``: ``"float16"`` halves the file; networks compute in their own.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class TrainingState:
         model: nn.Module,
         interval: int = 1,
         resume: bool = True,
+        dtype: str = "float32",
     ) -> None:
         self.path = Path(folder) / "checkpoint.pt"
         self.previous = Path(folder) / "checkpoint.previous.pt"
@@ -137,6 +139,7 @@ class TrainingState:
         self.model = model
         self.interval = interval
         self.resume = resume
+        self.dtype = getattr(torch, dtype)
         self.damaged: set[Path] = set()
 
     def attach(self, engine: Engine) -> None:
@@ -212,7 +215,7 @@ class TrainingState:
         if rank() > 0 or (epoch % self.interval and epoch != epochs):
             return
         # The model first: a run that dies before its last checkpoint makes both again.
-        weights = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
+        weights = {k: v.detach().cpu().to(self.dtype).contiguous() for k, v in self.model.state_dict().items()}
         model = self.path.with_name("model.pt")
         with atomic_path(model) as temporary:
             save_tensors(weights, temporary)

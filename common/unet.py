@@ -110,6 +110,7 @@ class DiffusionUNet(DiffusionEncoder, DiffusionModelUNet):
             does so with the transformers of cross-attention).
         transformer_norm_eps: epsilon of the norms before transformers (Stable Diffusion: 1e-6, with ``norm_eps`` 1e-5
             elsewhere); None takes ``norm_eps``.
+        num_words: size of a learned table of tokens; a ``context`` of whole numbers (B, L) is looked up in it.
         kwargs: arguments of ``DiffusionModelUNet``.
     """
 
@@ -123,12 +124,14 @@ class DiffusionUNet(DiffusionEncoder, DiffusionModelUNet):
         upsample_mode: str = "nearest",
         zero_init_attention: bool = True,
         transformer_norm_eps: float | None = None,
+        num_words: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(spatial_dims, in_channels, out_channels, **kwargs)
         set_transformer_norm_eps(self, transformer_norm_eps)
         self.spatial_dims = spatial_dims
         self.cross_attention_dim: int | None = kwargs.get("cross_attention_dim")
+        self.words = None if num_words is None else nn.Embedding(num_words, self.cross_attention_dim or 0)
         self.max_period = max_period
         if upsample_mode not in ("nearest", "linear"):
             raise ValueError(f"upsample_mode must be 'nearest' or 'linear', got {upsample_mode!r}")
@@ -155,7 +158,7 @@ class DiffusionUNet(DiffusionEncoder, DiffusionModelUNet):
         Args:
             x: noisy image, then the concatenated condition (B, in_channels, *S).
             timesteps: times (B,); zero when left out.
-            context: tokens for cross-attention (B, L, D).
+            context: tokens for cross-attention (B, L, D), or numbers of words (B, L).
             class_labels: class indices (B,).
             down_block_additional_residuals: a ControlNet's, one for each skip.
             mid_block_additional_residual: a ControlNet's, for the middle.
@@ -163,6 +166,7 @@ class DiffusionUNet(DiffusionEncoder, DiffusionModelUNet):
         Returns:
             prediction (B, out_channels, *S).
         """
+        context = self.tokens(context)
         emb = self.embed(x, timesteps, class_labels)
         h, skips = self.encode(x, emb, context)
         if down_block_additional_residuals is not None:
@@ -170,6 +174,14 @@ class DiffusionUNet(DiffusionEncoder, DiffusionModelUNet):
         if mid_block_additional_residual is not None:
             h = h + mid_block_additional_residual
         return self.decode(h, skips, emb, context)
+
+    def tokens(self, context: torch.Tensor | None) -> torch.Tensor | None:
+        """Tokens of a context: those of the words it names, or the context itself."""
+        if context is None or context.is_floating_point():
+            return context
+        if self.words is None:
+            raise ValueError("context holds numbers of words, the network no table of them: set num_words")
+        return self.words(context)
 
     def decode(
         self,

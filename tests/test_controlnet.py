@@ -275,6 +275,8 @@ def test_tokens_serve_all_cases_or_each_its_own():
 
 
 def test_guidance_without_both_contexts_is_refused():
-    for kwargs in ({"context": torch.zeros(1, 5, 6)}, {"null_context": torch.zeros(1, 5, 6)}):
-        with pytest.raises(ValueError, match="give both"):
-            GuidedContext(2.0, **kwargs)
+    with pytest.raises(ValueError, match="give both"):
+        GuidedContext(2.0, context=torch.zeros(1, 5, 6))
+    network, data = make(), inputs()
+    with pytest.raises(ValueError, match="needs a context"):
+        GuidedContext(2.0, null_context=torch.zeros(1, 5, 6))(network, data["hint"])

@@ -1,0 +1,259 @@
+"""Text: a prompt becomes what a network attends to.
+
+`HashedWords` needs nothing but the prompt: it numbers the words, and the network learns what they mean. `CLIPText` is
+the frozen encoder of Stable Diffusion 1.5, on which Siamese-Diffusion stands. `CachedText` encodes each text once, and
+`Contextd` brings the result into a case.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import pickle
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.transforms import Transform
+from torch import Tensor
+
+from .io import CaseError, atomic_path
+
+logger = logging.getLogger(__name__)
+
+
+class HashedWords:
+    """Words as numbers, equal on every machine, so that any prompt works without a vocabulary file.
+
+    The network owns the table of what the numbers mean, ``nn.Embedding(num_words, D)``. Few numbers let words collide:
+    harmless for a handful of prompts, and more numbers cost little.
+
+    Args:
+        length: words of a prompt that count, L.
+        num_words: size of the network's table; 0 is no word, words become 1 .. num_words - 1.
+
+    Example:
+        >>> HashedWords(length=4)("A polyp, a POLYP.").tolist()
+        [101, 43, 101, 43]
+    """
+
+    def __init__(self, length: int = 8, num_words: int = 256) -> None:
+        if length < 1 or num_words < 2:
+            raise ValueError(f"length {length} and num_words {num_words} leave no room: give at least 1 and 2")
+        self.length = length
+        self.num_words = num_words
+        self.description = f"HashedWords(length={length}, num_words={num_words})"
+        self.told: set[str] = set()
+
+    def __call__(self, text: str) -> Tensor:
+        """Number the words of a prompt: (L,) integers, padded with 0; the empty prompt is all 0."""
+        # Composed first: a letter and its accent apart would split the word.
+        words = re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
+        if lost := words[self.length :]:
+            warn_cut(text, f"{self.length} words", " ".join(lost), self.told)
+        numbers = [self.number(word) for word in words[: self.length]]
+        return torch.tensor(numbers + [0] * (self.length - len(numbers)))
+
+    def number(self, word: str) -> int:
+        """The word's row in the network's table."""
+        return 1 + int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big") % (self.num_words - 1)
+
+
+class CLIPText:
+    """Tokens of a frozen CLIP text encoder: its last hidden state, normed, as Stable Diffusion 1.5 reads it.
+
+    Nothing is loaded before the first text, so behind a `CachedText` that holds all prompts no encoder is needed.
+
+    Args:
+        model: folder of the encoder or of a whole Stable Diffusion in diffusers' layout, or an id on the Hugging Face
+            hub; Stable Diffusion 1.5 has ``openai/clip-vit-large-patch14``. Caches know the encoder by this name.
+        device: where the encoder runs; its tokens come back to the CPU.
+        length: tokens of a prompt with its start, end and padding, L; None takes all that the encoder has (77).
+    """
+
+    def __init__(self, model: str, device: str | torch.device = "cpu", length: int | None = None) -> None:
+        if length is not None and length < 3:
+            raise ValueError(f"length {length} leaves no room between start and end: give at least 3, or None")
+        self.model = model
+        self.device = device
+        self.length = length
+        self.description = f"CLIPText(model={model!r}, length={length})"
+        self.told: set[str] = set()
+
+    @functools.cached_property
+    def loaded(self) -> tuple[Any, Any]:
+        """Tokenizer and network."""
+        tokenizer, network = load_encoder(self.model, "CLIPTokenizer", "CLIPTextModel", self.device)
+        if self.length is not None and self.length > network.config.max_position_embeddings:
+            most = network.config.max_position_embeddings
+            raise ValueError(
+                f"text encoder {self.model} reads {most} tokens, length is {self.length}: set {most} or less"
+            )
+        return tokenizer, network
+
+    @torch.no_grad()
+    def __call__(self, text: str) -> Tensor:
+        """Encode a prompt: (L, D) float32 on the CPU."""
+        tokenizer, network = self.loaded
+        length = self.length or network.config.max_position_embeddings
+        shape: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": length}
+        tokens = tokenizer(text, **shape, return_overflowing_tokens=True, return_tensors="pt")["input_ids"]
+        if len(tokens) > 1:
+            lost = " ".join(tokenizer.batch_decode(tokens[1:], skip_special_tokens=True))
+            warn_cut(text, f"{length} tokens", lost, self.told)
+        # No attention mask: Stable Diffusion's padding is attended to, and has been trained so.
+        return network(tokens[:1].to(self.device)).last_hidden_state[0].cpu()
+
+
+class CachedText:
+    """Encodes every text once: in memory, and with a path once for all runs that share the file.
+
+    Call `encode_all` before a data loader forks: then its workers need no encoder, and the file is written once.
+
+    Args:
+        encoder: text -> tensor. With a path it needs a ``description`` that tells its results from other encoders'.
+        path: the file, ``{sha256 of description and text: tensor}``; other encoders' entries may lie beside ours.
+    """
+
+    def __init__(self, encoder: Callable[[str], Tensor], path: str | os.PathLike | None = None) -> None:
+        self.encoder = encoder
+        self.path = None if path is None else Path(path)
+        self.description = str(getattr(encoder, "description", ""))
+        if self.path is not None and not self.description:
+            raise ValueError(f"{encoder!r} has no description to tell its contexts in {path} from others': give it one")
+        self.contexts = {} if self.path is None else read_contexts(self.path)
+
+    def __call__(self, text: str) -> Tensor:
+        """Encode a text, or recall what it was encoded to."""
+        self.encode_all([text])
+        return self.contexts[self.key(text)].clone()  # the caller's own, to change at will
+
+    def key(self, text: str) -> str:
+        """Name of a text's entry."""
+        return hashlib.sha256(json.dumps([self.description, text]).encode()).hexdigest()
+
+    def encode_all(self, texts: Iterable[str]) -> None:
+        """Encode the texts that are new, and write the file once."""
+        new = {key: text for text in texts if (key := self.key(text)) not in self.contexts}
+        self.contexts |= {key: self.encoder(text).detach().cpu().clone() for key, text in new.items()}
+        if new and self.path is not None:
+            # What another run has written meanwhile stays. Two that write at the same moment lose no more than time.
+            self.contexts = read_contexts(self.path) | self.contexts
+            with atomic_path(self.path) as temporary:
+                torch.save(self.contexts, temporary)
+
+
+class Contextd(Transform):
+    """Puts what the network attends to into a case, beside its prompt.
+
+    Args:
+        contexts: text -> tensor, e.g. `HashedWords` or `CachedText`.
+        key: the case's text.
+        output: name of the result.
+        default: text of a case that has none.
+    """
+
+    def __init__(
+        self, contexts: Callable[[str], Tensor], key: str = "prompt", output: str = "context", default: str = ""
+    ) -> None:
+        self.contexts = contexts
+        self.key = key
+        self.output = output
+        self.default = default
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a copy of the case with its context."""
+        text = data.get(self.key, self.default)
+        if not isinstance(text, str):
+            raise CaseError(
+                f"case {data.get('name', '')}: {self.key} is {text!r:.60}, expected text: correct its entry"
+            )
+        return {**data, self.output: self.contexts(text)}
+
+
+def load_encoder(model: str, tokenizer: str, network: str, device: str | torch.device) -> tuple[Any, Any]:
+    """Load a text encoder of the package transformers, frozen; weights left out or of another shape are an error.
+
+    Args:
+        model: a folder, also of a whole pipeline in diffusers' layout, or an id on the hub.
+        tokenizer: name of the tokenizer's class in transformers.
+        network: name of the network's class in transformers.
+        device: where the network shall run.
+
+    Returns:
+        tokenizer, network
+    """
+    try:
+        import transformers  # here, as only users of real encoders need the package
+    except ImportError as error:
+        raise RuntimeError(
+            f"text encoder {model} needs the package transformers ({error}): pip install transformers==5.23.0 (see "
+            "requirements-extras.txt), or do without: learned words (HashedWords), as the default config has them"
+        ) from error
+    kinds = (getattr(transformers, network), getattr(transformers, tokenizer))
+    parts = [folder if (folder := Path(model) / part).is_dir() else model for part in ("text_encoder", "tokenizer")]
+    # Whatever we do not accept is raised below; its table of a CLIP's unused picture half would only frighten.
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        # The network first: without a connection the hub gives up on it after seconds, on a tokenizer after minutes.
+        safely: dict[str, Any] = {"dtype": torch.float32, "weights_only": True, "ignore_mismatched_sizes": True}
+        encoder, report = kinds[0].from_pretrained(parts[0], **safely, output_loading_info=True)
+        words = kinds[1].from_pretrained(parts[1])
+        if wrong := [*report["missing_keys"], *report["mismatched_keys"], *report["error_msgs"]]:
+            raise ValueError(f"{len(wrong)} weights are missing or of another shape, {wrong[0]}")
+        # Without its files a tokenizer loads, too, and knows no word.
+        if len(words) != encoder.config.vocab_size:
+            raise ValueError(f"the tokenizer has {len(words)} words, the network {encoder.config.vocab_size}")
+    except Exception as error:  # transformers and its libraries raise any kind, even Exception itself
+        raise ValueError(
+            f"text encoder {model} cannot be loaded ({_reason(error)}): download it beforehand into a folder and give "
+            "that with --text_encoder, or do without: contexts computed elsewhere (CachedText) or learned words"
+        ) from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    return words, encoder.requires_grad_(False).eval().to(device)
+
+
+def read_contexts(path: Path) -> dict[str, Tensor]:
+    """Read a `CachedText`'s file, without running code; one that does not exist yet is empty."""
+    if not path.exists():
+        return {}
+    kinds = (
+        OSError,
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+    )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        entries = content.items() if isinstance(content, dict) else [("", content)]
+        if not all(re.fullmatch("[0-9a-f]{64}", str(key)) and isinstance(value, Tensor) for key, value in entries):
+            raise ValueError("it holds other things")
+    except kinds as error:
+        raise ValueError(
+            f"{path} is no cache of texts, or a damaged one ({_reason(error)}): name another file, or delete this one "
+            "if nothing else needs it, and the texts are encoded again"
+        ) from error
+    return content
+
+
+def warn_cut(text: str, limit: str, lost: str, told: set[str]) -> None:
+    """Say once for each text what of it the network will not see."""
+    if text not in told:
+        told.add(text)
+        logger.warning(f"prompt {text!r:.80} has more than {limit}, cut off: {lost!r:.80}")
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
