@@ -20,6 +20,7 @@ from .execution import FastPath
 
 SEGMENT = FastPath(SimpleInferer())
 BATCH = 64  # of images that are only looked at
+ACTIVATION = ("LEAKYRELU", {"negative_slope": 0.25})  # as PReLU starts, at three quarters of the time
 
 
 def train_segmenter(
@@ -27,7 +28,7 @@ def train_segmenter(
     masks: torch.Tensor,
     *,
     epochs: int = 30,
-    batch_size: int = 16,
+    batch_size: int = 8,
     lr: float = 5e-3,
     channels: Sequence[int] = (16, 32, 64, 128, 128),
     seed: int,
@@ -61,7 +62,8 @@ def train_segmenter(
 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
-        network = UNet(2, images.shape[1], 1, channels, (2,) * (len(channels) - 1), num_res_units=2, norm="BATCH")
+        strides = (2,) * (len(channels) - 1)
+        network = UNet(2, images.shape[1], 1, channels, strides, num_res_units=2, act=ACTIVATION, norm="BATCH")
     network.to(images.device)
     batches = math.ceil(len(images) / batch_size)
     optimizer = torch.optim.AdamW(network.parameters(), lr)

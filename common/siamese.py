@@ -9,6 +9,11 @@ Qiu et al., "Noise-Consistent Siamese-Diffusion for Medical Image Synthesis and 
 
 U_const has the U-Net's weights as constants: L_i trains the ControlNet alone, by way of c_i. Only the mask branch is
 used for sampling. The published code deep-copies both networks at every step and makes up to twice the passes.
+
+The same holds for networks that predict the velocity v = a eps - s z_0 in place of the noise (from scratch they learn
+far faster), with v for eps in the losses. Re-noising the estimate z_0' = z_0 + s (v - v_mix) by eps gives
+
+    z_t' = z_t + a s (v - v_mix)    v' = a eps - s z_0' = v - s^2 (v - v_mix)
 """
 
 from __future__ import annotations
@@ -40,8 +45,9 @@ class SiameseUNet(ControlledUNet):
         *,
         hint_image: Tensor | None = None,
         weight: float = 0.0,
-        noise: Tensor | None = None,
-        sigma: Tensor | None = None,
+        target: Tensor | None = None,
+        shift: Tensor | None = None,
+        retarget: Tensor | None = None,
         chosen: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -54,19 +60,20 @@ class SiameseUNet(ControlledUNet):
             hint: the mask (B, K, *S).
             hint_image: the clean image (B, K, *S).
             weight: w_i, strength of the image's control.
-            noise: eps in z_t (B, C, *s).
-            sigma: its level s, ready to multiply z_t.
+            target: eps or v (B, C, *s).
+            shift: how far z_t' is from z_t for an error of one in the target: s, or a s; ready to multiply z_t.
+            retarget: how far the target of z_t' is from that of z_t: 0, or s^2; likewise.
             chosen: samples (B,) that get an augmented twin; None makes none.
             kwargs: of `ControlledUNet.forward`.
 
         Returns:
-            ``{"mask": e_m, "image": e_mix, "augmented": e_m'}``, each (B, C, *s); ``augmented`` is the noise itself
-            for samples that were not chosen, so that its loss is zero there.
+            ``{"mask": e_m, "image": e_mix, "augmented": e_m'}``, each (B, C, *s) to be compared with the target;
+            ``augmented`` is the target itself for samples that were not chosen, so that its loss is zero there.
         """
         if hint_image is None:
             return super().forward(x, timesteps, context, hint, **kwargs)
-        if timesteps is None or hint is None or noise is None or sigma is None:
-            raise ValueError("a training step needs timesteps, hint, noise and sigma: call it by way of SiameseInferer")
+        if timesteps is None or hint is None or target is None or shift is None or retarget is None:
+            raise ValueError("a training step needs timesteps, hint, target and levels: call it by SiameseInferer")
         context = self.tokens(x, context)
         encoded = self.encode(x, timesteps, context)
         hints = self.encode_hint(torch.cat([hint, hint_image]))
@@ -78,13 +85,16 @@ class SiameseUNet(ControlledUNet):
         # Image-Diffusion: sg[c_m] + w_i c_i through a decoder whose weights are constants.
         e_mix = self.decode(detached(encoded), mixed(c_m, c_i, weight), context, frozen=True)
 
-        # Online-Augmentation: the image branch's x_0, re-noised by the same eps to the same time.
-        augmented = noise
+        # Online-Augmentation: the image branch's z_0, re-noised by the same eps to the same time.
+        augmented = target
         if chosen is not None and chosen.any():
-            z = (x + sigma * (noise - e_mix.detach().to(x.dtype)))[chosen]
+            error = target - e_mix.detach().to(target.dtype)
             tokens = None if context is None else context[chosen]
-            e_aug = super().forward(z, timesteps[chosen], tokens, encoded=hints[: len(x)][chosen])
-            augmented = noise.index_put((chosen,), e_aug.to(noise.dtype))
+            e_aug = super().forward(
+                (x + shift * error)[chosen], timesteps[chosen], tokens, encoded=hints[: len(x)][chosen]
+            )
+            moved = e_aug.to(target.dtype) + (retarget * error)[chosen]
+            augmented = target.index_put((chosen,), moved)
         return {"mask": e_m, "image": e_mix, "augmented": augmented}
 
     def controls(self, x: Tensor, timesteps: Tensor, context: Tensor | None, hints: Tensor) -> tuple[Control, Control]:
@@ -111,14 +121,15 @@ class ControlInferer(Inferer):
     """Training by a mask alone, as a plain ControlNet: the baseline, and what validation measures.
 
     Args:
-        scheduler: noise schedule of a network that predicts the noise.
+        scheduler: noise schedule; its ``prediction_type`` is what the network predicts, noise or velocity.
     """
 
     def __init__(self, scheduler: ExactScheduler) -> None:
         super().__init__()
-        if scheduler.prediction_type != "epsilon":
+        if scheduler.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(
-                f"Siamese-Diffusion predicts the noise, the scheduler {scheduler.prediction_type!r}: set 'epsilon'"
+                f"Siamese-Diffusion predicts noise or velocity, the scheduler {scheduler.prediction_type!r}: set "
+                "'epsilon' or 'v_prediction'"
             )
         self.scheduler = scheduler
 
@@ -155,7 +166,7 @@ class SiameseInferer(ControlInferer):
     `TrainingProgress` tells it k and N.
 
     Args:
-        scheduler: noise schedule of a network that predicts the noise.
+        scheduler: as in `ControlInferer`.
         augment_from: share of the training after which Online-Augmentation begins; 1 never begins.
         augment_until: the last time that is augmented (the paper writes t < 200, its code has t <= 200).
     """
@@ -196,6 +207,7 @@ class SiameseInferer(ControlInferer):
             raise ValueError("the training's progress is unknown: add TrainingProgress(inferer) to train_handlers")
         step, steps = self.progress
         alpha, sigma = self.scheduler.levels(timesteps, inputs)
+        velocity = self.scheduler.prediction_type == "v_prediction"
         return network(
             alpha * inputs + sigma * noise,
             timesteps,
@@ -203,8 +215,9 @@ class SiameseInferer(ControlInferer):
             hint_mask,
             hint_image=hint_image,
             weight=step / steps,
-            noise=noise,
-            sigma=sigma,
+            target=alpha * noise - sigma * inputs if velocity else noise,
+            shift=alpha * sigma if velocity else sigma,
+            retarget=sigma**2 if velocity else torch.zeros_like(sigma),
             chosen=timesteps <= self.augment_until if step > self.augment_from * steps else None,
         )
 
@@ -223,22 +236,22 @@ class NoiseConsistencyLoss(nn.Module):
         self.weight = weight
         self.latest: dict[str, Tensor] = {}
 
-    def terms(self, pred: Mapping[str, Tensor], noise: Tensor) -> dict[str, Tensor]:
+    def terms(self, pred: Mapping[str, Tensor], target: Tensor) -> dict[str, Tensor]:
         """The four terms, each a mean over all but the batch (B,)."""
 
         def distance(a: Tensor, b: Tensor) -> Tensor:
             return (a.float() - b.float()).square().flatten(1).mean(1)
 
         return {
-            "mask": distance(pred["mask"], noise),
-            "image": distance(pred["image"], noise),
+            "mask": distance(pred["mask"], target),
+            "image": distance(pred["image"], target),
             "consistency": self.weight * distance(pred["mask"], pred["image"].detach()),
-            "augmented": distance(pred["augmented"], noise),
+            "augmented": distance(pred["augmented"], target),
         }
 
-    def forward(self, pred: Mapping[str, Tensor], noise: Tensor) -> Tensor:
+    def forward(self, pred: Mapping[str, Tensor], target: Tensor) -> Tensor:
         """Sum the terms of a `SiameseUNet`'s predictions."""
-        terms = {name: values.mean() for name, values in self.terms(pred, noise).items()}
+        terms = {name: values.mean() for name, values in self.terms(pred, target).items()}
         self.latest = {name: value.detach() for name, value in terms.items()}
         return torch.stack(list(terms.values())).sum()
 

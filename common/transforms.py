@@ -123,7 +123,7 @@ class CheckCased(MapTransform):
 class ToMaskd(MapTransform):
     """Loaded annotation masks as one channel per class, {0, 1}, at the network's size, rows first.
 
-    The one place, with `FromMaskd`, where axes are swapped: MONAI loads a picture's columns first.
+    Here, in `ToPictured` and on their ways back axes are swapped, and nowhere else: MONAI loads columns first.
 
     Bilinear without anti-aliasing and a threshold at one half, as CMDM does it, bit for bit: other resampling moves a
     rim by up to a hundred pixels.
@@ -216,6 +216,48 @@ class FromMaskd(MapTransform):
             for value, inside in zip(self.values, data[key], strict=True):
                 mask[0][inside > 0] = value
             data[key] = mask.transpose(1, 2)
+        return data
+
+
+class ToPictured(MapTransform):
+    """Loaded colour pictures as images in [-1, 1] at the network's size, rows first.
+
+    Bilinear without anti-aliasing, as Siamese-Diffusion does it, whatever the picture's proportions.
+
+    Args:
+        keys: pictures (C, W, H) of 0 to 255, C = 3 (RGB) or 1 (grey).
+        image_size: size (H, W) of the result.
+    """
+
+    def __init__(self, keys: KeysCollection, image_size: Sequence[int]) -> None:
+        super().__init__(keys)
+        self.image_size = tuple(image_size)
+
+    def __call__(self, data: Data) -> dict:
+        """Replace each picture by an image (3, H, W)."""
+        data = dict(data)
+        for key in self.key_iterator(data):
+            picture = MetaTensor(data[key])
+            if picture.ndim != 3 or len(picture) not in (1, 3) or min(picture.shape[1:]) < 2:
+                raise CaseError(f"{_file(data, key)} has shape {tuple(picture.shape)}, expected a colour picture")
+            values = torch.as_tensor(picture).float().mT / 127.5 - 1
+            resized = torch.nn.functional.interpolate(values[None], self.image_size, mode="bilinear")[0]
+            data[key] = _like(resized.expand(3, -1, -1), picture)
+        return data
+
+
+class FromPictured(MapTransform):
+    """The way back from `ToPictured`: images (3, H, W) in [-1, 1] -> (3, W, H) in 0 to 255, clipped and rounded.
+
+    Args:
+        keys: images.
+    """
+
+    def __call__(self, data: Data) -> dict:
+        """Replace the images by pictures."""
+        data = dict(data)
+        for key in self.key_iterator(data):
+            data[key] = ((data[key].clamp(-1, 1) + 1) * 127.5).round().mT
         return data
 
 

@@ -25,6 +25,8 @@ SETTINGS = {"channels": (8, 16), "attention_levels": (False, True), "num_res_blo
 SETTINGS |= {"norm_num_groups": 4, "with_conditioning": True, "cross_attention_dim": 6}
 N = 300
 SCHEDULER = DDPM(1000, "scaled_linear_exact", beta_start=0.00085, beta_end=0.012, clip_sample=False)
+VELOCITY = DDPM(1000, "scaled_linear_exact", prediction_type="v_prediction")
+VELOCITY_OF = ("inputs", "noise", "timesteps")
 LATE = {"step": 200, "times": (37, 200, 201, 640)}
 dims = pytest.mark.parametrize("d", [2, 3], ids=["2-D", "3-D"])
 
@@ -53,8 +55,10 @@ def batch(d: int = 2, times: tuple[int, ...] = LATE["times"]) -> dict[str, torch
     }
 
 
-def predict(network: torch.nn.Module, data: dict, step: int = LATE["step"]) -> dict[str, torch.Tensor]:
-    inferer = SiameseInferer(SCHEDULER)
+def predict(
+    network: torch.nn.Module, data: dict, step: int = LATE["step"], scheduler: DDPM = SCHEDULER
+) -> dict[str, torch.Tensor]:
+    inferer = SiameseInferer(scheduler)
     inferer.advance(step, N)
     return inferer(network=network, **data)
 
@@ -110,15 +114,17 @@ def test_a_frozen_encoder_asks_for_no_gradient_and_keeps_no_graph():
 
 @dims
 @pytest.mark.parametrize("step", [0, N // 3, N // 3 + 1, N])
-def test_the_loss_and_its_gradients_are_those_of_the_literal_step(d, step):
+@pytest.mark.parametrize("scheduler", [SCHEDULER, VELOCITY], ids=["noise", "velocity"])
+def test_the_loss_and_its_gradients_are_those_of_the_literal_step(d, step, scheduler):
     network, data = make(d), batch(d)
-    NoiseConsistencyLoss()(predict(network, data, step), data["noise"]).backward()
+    target = data["noise"] if scheduler is SCHEDULER else scheduler.get_velocity(*(data[k] for k in VELOCITY_OF))
+    found = NoiseConsistencyLoss()(predict(network, data, step, scheduler), target)
+    found.backward()
     ours = {name: p.grad for name, p in network.named_parameters()}
     network.zero_grad(set_to_none=True)
-    loss = literal_step(network, SCHEDULER, **data, step=step, steps=N)
+    loss = literal_step(network, scheduler, **data, step=step, steps=N)
     loss.backward()
-    torch.testing.assert_close(NoiseConsistencyLoss()(predict(network, data, step), data["noise"]).double(), loss,
-                               rtol=1e-6, atol=1e-6)  # fmt: skip
+    torch.testing.assert_close(found.double(), loss, rtol=1e-6, atol=1e-6)
     for name, parameter in network.named_parameters():
         assert (parameter.grad is None) == (ours[name] is None)
         if parameter.grad is not None:
@@ -345,7 +351,7 @@ def test_a_training_without_length_is_refused_before_it_begins():
 def test_other_mistakes_teach_at_the_door():
     for kind in (ControlInferer, SiameseInferer):
         with pytest.raises(ValueError, match="epsilon"):
-            kind(DDPM(10, prediction_type="v_prediction"))
+            kind(DDPM(10, prediction_type="sample"))
     data = batch()
     with pytest.raises(ValueError, match="SiameseInferer"):
         make()(data["inputs"], hint_image=data["hint_image"])

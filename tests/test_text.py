@@ -178,6 +178,8 @@ def test_weights_as_published(clip, copy, heard):
     theirs |= {"text_model.embeddings.position_ids": torch.arange(77)[None]}
     theirs |= {"logit_scale": torch.ones(()), "vision_model.embeddings.class_embedding": torch.ones(32)}
     save_file(theirs, path, metadata={"format": "pt"})
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
     encode = CLIPText(str(copy))
     torch.testing.assert_close(encode("a polyp"), CLIPText(str(clip[0]))("a polyp"), rtol=0, atol=0.02)
     assert encode("a polyp").dtype == torch.float32

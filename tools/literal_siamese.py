@@ -43,6 +43,9 @@ def literal_step(
     def distance(a: Tensor, b: Tensor) -> Tensor:
         return (a - b).square().flatten(1).mean(1)
 
+    def target(z_0: Tensor) -> Tensor:
+        return scheduler.get_velocity(z_0, noise, timesteps) if scheduler.prediction_type == "v_prediction" else noise
+
     z_t = scheduler.add_noise(inputs, noise, timesteps)
     e_m = predict(unet, z_t, controlnet(z_t, timesteps, hint_mask, context=context))
     down_m, mid_m = controlnet_copy(z_t, timesteps, hint_mask, context=context)
@@ -50,12 +53,12 @@ def literal_step(
     weight = step / steps
     down = [m.detach() + weight * i for m, i in zip(down_m, down_i, strict=True)]
     e_mix = predict(unet_copy, z_t, (down, mid_m.detach() + weight * mid_i))
-    loss = distance(e_m, noise) + distance(e_mix, noise) + distance(e_m, e_mix.detach())
+    loss = distance(e_m, target(inputs)) + distance(e_mix, target(inputs)) + distance(e_m, e_mix.detach())
     due = timesteps <= 200
     if step > steps / 3 and due.any():
         alpha, sigma = scheduler.levels(timesteps, inputs)
-        z_0 = (z_t - sigma * e_mix.detach()) / alpha
+        z_0 = scheduler.predict_x_0(e_mix.detach(), z_t, alpha, sigma)
         z_t = alpha * z_0 + sigma * noise
         e_aug = predict(unet, z_t, controlnet(z_t, timesteps, hint_mask, context=context))
-        loss = loss + due * distance(e_aug, noise)
+        loss = loss + due * distance(e_aug, target(z_0))
     return loss.mean()

@@ -50,6 +50,10 @@ PAPER_PARAMETERS: dict[str, dict[tuple[str, ...], int]] = {
         ("train", "train_plus", "paper_plus"): 39_051_393,
         ("inference", "inference_plus", "paper_plus"): 39_051_393,
     },
+    "siamese_diffusion": {
+        ("train", "paper"): 1_222_977_476,
+        ("inference", "paper"): 1_222_977_476,
+    },
 }
 
 # Ids that train.json and inference.json share by name only, and why.
@@ -66,6 +70,8 @@ MAY_DIFFER = {
 FILES = ["LICENSE", "docs/README.md", "docs/data_license.txt", "models/model.pt"]
 FILES += [f"configs/{name}" for name in ("metadata.json", "inference.json", "train.json", "logging.conf")]
 DATA = {"metadata", "import_rules"}  # JSON in configs/ that is no MONAI config
+# Knobs that name a file of weights, and the component it fills.
+FILLS = {"weights": "network_def", "base": "unet_def", "autoencoder_weights": "autoencoder_def"}
 MAX_MODELS = 10_000_000  # bytes of all that lies in models/, as it is in git
 
 HEAD = {
@@ -127,10 +133,15 @@ def parser(bundle: Path, *names: str) -> ConfigParser:
     return result
 
 
-def build(parsed: ConfigParser, device: str = "meta") -> torch.nn.Module:
-    """Build `network_def`; on ``"meta"`` it has shapes and no memory."""
+def build(parsed: ConfigParser, device: str = "meta", network: str = "network_def") -> torch.nn.Module:
+    """Build a network; on ``"meta"`` it has shapes and no memory."""
     with torch.device(device):
-        return parsed.get_parsed_content("network_def").eval()
+        return parsed.get_parsed_content(network).eval()
+
+
+def grid(parsed: ConfigParser) -> list[int]:
+    """Spatial shape of what the network denoises: a latent, a patch, or the image."""
+    return list(parsed.get_parsed_content(next(k for k in ("latent_size", "patch_size", "image_size") if k in parsed)))
 
 
 def channels_of(network: Any) -> tuple[int, int]:
@@ -209,7 +220,7 @@ def check_data_format(bundle: Path) -> list[str]:
     form, parsed = read(bundle / "configs" / "metadata.json")["network_data_format"], parser(bundle, "inference")
     problems = []
     for entry, channels in zip((form["inputs"]["image"], form["outputs"]["pred"]), channels_of(build(parsed))):
-        for key, value in (("num_channels", channels), ("spatial_shape", parsed["image_size"])):
+        for key, value in (("num_channels", channels), ("spatial_shape", grid(parsed))):
             if entry[key] != value:
                 problems.append(f"{key} is {entry[key]} in metadata.json, {value} by inference.json")
         if len(entry.get("channel_def", {})) not in (0, entry["num_channels"]):
@@ -380,7 +391,7 @@ def check_paper(bundle: Path) -> list[str]:
     for names, expected in table.items():
         parsed = parser(bundle, *names)
         network = build(parsed)
-        size = parsed["patch_size" if "patch_size" in parsed else "image_size"]
+        size = grid(parsed)
         taken, given = channels_of(network)
         shape = tuple(network(torch.empty(1, taken, *size, device="meta")).shape)
         count = sum(p.numel() for p in network.parameters())
@@ -397,7 +408,7 @@ def check_export(bundle: Path) -> list[str]:
     """
     parsed = parser(bundle, "inference")
     network = build(parsed, "cpu")
-    image = torch.rand(1, channels_of(network)[0], *[max(8, s // 4) for s in parsed["image_size"]])
+    image = torch.rand(1, channels_of(network)[0], *[max(8, s // 4) for s in grid(parsed)])
     with torch.no_grad():
         traced = torch.jit.trace(network, image, check_trace=False)
         same = torch.allclose(traced(image), network(image), atol=1e-5)
@@ -411,12 +422,14 @@ def check_weights(bundle: Path) -> list[str]:
     size = sum(p.stat().st_size for p in (bundle / "models").rglob("*") if p.is_file() and ".previous." not in p.name)
     if size > MAX_MODELS:
         problems.append(f"models/ holds {size / 1e6:.1f} MB, more than {MAX_MODELS / 1e6:.0f} MB")
-    overlays = configs(bundle)[1]
+    bases, overlays = configs(bundle)
     for path in found:
-        users = [n for n, c in overlays.items() if f"/models/{path.name}" in str(c.get("weights"))]
+        users = [(n, k) for n, c in {**bases, **overlays}.items() for k in FILLS if f"/{path.name}'" in str(c.get(k))]
+        name, knob = users[0] if users else ("inference", "weights")
         state = torch.load(path, map_location="cpu", weights_only=True)
         try:
-            build(parser(bundle, "inference", *users[:1])).load_state_dict(state, strict=True, assign=True)
+            parsed = parser(bundle, "inference", *[name] * (name in overlays))
+            build(parsed, network=FILLS[knob]).load_state_dict(state, strict=True, assign=True)
         except RuntimeError as error:
             problems.append(f"{path.name}: {' '.join(str(error).split())[:200]}")
         if not all(value.isfinite().all() for value in state.values()):
@@ -449,13 +462,14 @@ def check_synthesis(output: Path) -> list[str]:
     for card in cards:
         made_by, config = card["made_by"], json.loads(Path(card["config_file"]).read_text())
         problems += [] if made_by["outputs"] else [f"{made_by['case']['name']} has no file"]
-        for file in (output / name for name in made_by["outputs"]):
+        for file, digest in ((output / name, digest) for name, digest in made_by["outputs"].items()):
             if not file.is_file():
                 problems.append(f"no {file.name}")
-            elif "achieved" in made_by.get("record", {}):
-                problems += check_mask(file, made_by, config)
-            else:
-                problems += check_image(file, made_by)
+                continue
+            masks = "achieved" in made_by.get("record", {})
+            found = check_mask(file, made_by, config) if masks else check_image(file, made_by)
+            changed = [f"{file.name} is another file than its side-car says"] if sha256(file) != digest else []
+            problems += found or changed
     return problems or ([] if cards else [f"no side-car in {output}"])
 
 
