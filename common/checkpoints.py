@@ -12,6 +12,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +311,46 @@ def read_knobs(
     if unknown:
         raise CheckpointError(f"the weights do not tell {', '.join(unknown)}: give --{unknown[0]} as in their training")
     return {**knobs, **given}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a foreign checkpoint: its keys in the file, and the component (and prefix of names there) it fills."""
+
+    keys: list[str]
+    component: str = "network_def"
+    prefix: str = ""
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """What a foreign checkpoint gives to a bundle, as the reader of its layout sees it.
+
+    Args:
+        knobs: values for the bundle's config, the user's among them.
+        fill: component of the config -> maker of its weights out of those of the network as it is built.
+        parts: name -> its keys and where they go.
+        dropped: reason -> keys that are left out knowingly.
+        notes: what the file lacks, and what the user does about it.
+        ready: False where the network must be trained before it is of use.
+    """
+
+    knobs: dict[str, Any]
+    fill: dict[str, Callable[[Mapping[str, Tensor]], dict[str, Tensor]]]
+    parts: dict[str, Part]
+    dropped: dict[str, list[str]]
+    notes: tuple[str, ...] = ()
+    ready: bool = True
+
+
+def by_rules(source: Mapping[str, Any], rules: Mapping[str, Any], given: Mapping[str, Any]) -> Foreign:
+    """Read one network's weights by rules that fit all of it."""
+    return Foreign(
+        knobs=read_knobs(source, rules, given),
+        fill={"network_def": lambda target: translate(source, rules, target)},
+        parts={"network": Part(list(source))},
+        dropped=dropped_keys(source, rules),
+    )
 
 
 def _scope(source: Mapping[str, Any], rules: Mapping[str, Any]) -> dict[str, Any]:

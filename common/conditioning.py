@@ -74,6 +74,9 @@ class ControlNetHint:
         self, network: Network, hint: torch.Tensor, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor | None
     ) -> torch.Tensor:
         """One prediction under the encoded hint."""
+        look_up: Any = getattr(network, "tokens", None)
+        if self.controlnet is not None and look_up is not None:
+            context = look_up(context)  # only the U-Net has a table of words
         tokens = {} if context is None else {"context": context}
         if self.controlnet is None:
             return network(x, t, encoded=hint, scale=self.scale, **tokens)

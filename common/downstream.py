@@ -20,7 +20,6 @@ from .execution import FastPath
 
 SEGMENT = FastPath(SimpleInferer())
 BATCH = 64  # of images that are only looked at
-ACTIVATION = ("LEAKYRELU", {"negative_slope": 0.25})  # as PReLU starts, at three quarters of the time
 
 
 def train_segmenter(
@@ -63,7 +62,7 @@ def train_segmenter(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
         strides = (2,) * (len(channels) - 1)
-        network = UNet(2, images.shape[1], 1, channels, strides, num_res_units=2, act=ACTIVATION, norm="BATCH")
+        network = UNet(2, images.shape[1], 1, channels, strides, num_res_units=2, norm="BATCH")
     network.to(images.device)
     batches = math.ceil(len(images) / batch_size)
     optimizer = torch.optim.AdamW(network.parameters(), lr)

@@ -1,8 +1,8 @@
 """Latent-diffusion names (Stable Diffusion 1.x, ControlNet, Siamese-Diffusion) into ours, as rules for `checkpoints`.
 
 `UNET`, `CONTROLNET` (with the original stem or the dense one) and `AUTOENCODER` are rules for one part in its bare
-names; `parts` cuts a merged checkpoint into them. Levels, blocks and attention are read off the weights; the number of
-heads is not in them (`CONTROLNET` and `UNET` assume 8, Stable Diffusion's).
+names; `parts` cuts a merged checkpoint into them, `by_parts` reads it for a bundle. Levels, blocks and attention are
+read off the weights; the number of heads is not in them (`CONTROLNET` and `UNET` assume 8, Stable Diffusion's).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoints import CheckpointError, select, translate
+from .checkpoints import CheckpointError, Foreign, Part, dropped_keys, read_knobs, select, translate
 from .controlnet import copied_encoder
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -21,7 +21,7 @@ from .controlnet import copied_encoder
 
 PREFIXES = {"unet": "model.diffusion_model.", "controlnet": "control_model.", "autoencoder": "first_stage_model."}
 DROPPED = [
-    [r"cond_stage_model\..*", "text encoder: its tokens come from a file, as prompts are few"],
+    [r"cond_stage_model\..*", "text encoder: common/text.py has it, the frozen CLIP as its makers released it"],
     [r"model_ema\..*", "averages of an earlier training: the published code samples from the weights themselves"],
     [
         r"((sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|betas|posterior_\w+|logvar|scale_factor)",
@@ -73,12 +73,111 @@ def controlled_from_ldm(content: Mapping[str, Any], target: Mapping[str, Tensor]
     def part(name: str) -> dict[str, Tensor]:
         return {k.removeprefix(f"{name}."): v for k, v in target.items() if k.startswith(f"{name}.")}
 
-    unet = translate(found["unet"], UNET, part("unet"))
+    unet = _translated(found, "unet", UNET, part("unet"))
     if "controlnet" in found:
-        control = translate(found["controlnet"], CONTROLNET, part("controlnet"))
+        control = _translated(found, "controlnet", CONTROLNET, part("controlnet"))
     else:
         control = copied_encoder(part("controlnet"), unet)
     return {**{f"unet.{k}": v for k, v in unet.items()}, **{f"controlnet.{k}": v for k, v in control.items()}}
+
+
+def _translated(found: dict, name: str, rules: dict, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    try:
+        return translate(found[name], rules, target)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name} ({PREFIXES[name]}*): {error}") from error
+
+
+# What a file of this kind has in common with Stable Diffusion 1.x without telling it.
+LATENT_DIFFUSION: dict[str, Any] = {
+    "select": ["state_dict", ""],
+    "drop": DROPPED,
+    "knobs": {
+        "num_heads": 8,
+        "latent_scale": 0.18215,
+        "prediction_type": "epsilon",
+        "num_train_timesteps": "$shape('betas', 0) if has('betas') else 1000",
+    },
+}
+
+
+def by_parts(source: Mapping[str, Any], rules: Mapping[str, Any], given: Mapping[str, Any]) -> Foreign:
+    """Read a merged checkpoint for a bundle: U-Net and ControlNet fill ``network_def``, the autoencoder its own.
+
+    Args:
+        source: the state dict.
+        rules: `LATENT_DIFFUSION`, with what the bundle's ``import_rules.json`` adds.
+        given: the user's knobs, which win.
+    """
+    found = parts(source)
+    read = {**_network_knobs(found), **_autoencoder_knobs(found)}
+    fill = {"network_def": lambda target: controlled_from_ldm(source, target)}
+    dropped, notes = dropped_keys(source, rules), []
+    if "autoencoder" in found:
+        fill["autoencoder_def"] = lambda target: _translated(found, "autoencoder", AUTOENCODER, target)
+        inner = dropped_keys(found["autoencoder"], AUTOENCODER)
+        dropped |= {reason: [PREFIXES["autoencoder"] + key for key in keys] for reason, keys in inner.items()}
+    else:
+        notes.append(
+            "no autoencoder in the file: give one that it was trained with by --autoencoder_weights, e.g. the "
+            "autoencoder.pt that comes of importing Stable Diffusion's own file into another folder"
+        )
+    if "controlnet" not in found:
+        notes.append("no ControlNet in the file: it starts as a copy of the U-Net's encoder and must be trained")
+    homes = {"unet": ("network_def", "unet."), "controlnet": ("network_def", "controlnet.")}
+    return Foreign(
+        knobs={**read, **read_knobs(source, rules, given)},
+        fill=fill,
+        parts={
+            name: Part([k for k in source if k.startswith(prefix)], *homes.get(name, ("autoencoder_def", "")))
+            for name, prefix in PREFIXES.items()
+            if name in found or name in homes
+        },
+        dropped=dropped,
+        notes=tuple(notes),
+        ready="controlnet" in found,
+    )
+
+
+def _network_knobs(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Knobs of U-Net and ControlNet, in the bundle's names."""
+    if "unet" not in found:
+        raise CheckpointError(f"no U-Net in the checkpoint, only {', '.join(found)}: take the merged file")
+    knobs = read_knobs(found["unet"], UNET)
+    inputs, outputs = knobs["in_channels"], knobs["out_channels"]
+    if inputs != outputs:
+        raise CheckpointError(
+            f"the U-Net reads {inputs} channels and predicts {outputs}, as for inpainting: take another"
+        )
+    shared = ("channels", "attention_levels", "num_res_blocks", "norm_num_groups", "cross_attention_dim",
+              "transformer_num_layers", "transformer_norm_eps")  # fmt: skip
+    # Its tokens are a text encoder's, not words that it has learned itself.
+    result = {**{k: knobs[k] for k in shared}, "latent_channels": inputs, "num_words": None}
+    return {**result, **_hint_knobs(found.get("controlnet", {}))}
+
+
+def _hint_knobs(control: dict[str, Any]) -> dict[str, Any]:
+    """Knobs of the ControlNet's stem, and how far it shrinks the hint; none without a ControlNet."""
+    if not control:
+        return {}
+    knobs = read_knobs(control, CONTROLNET)
+    hint, merges = {k: knobs[k] for k in ("hint_channels", "dense_hint")}, knobs["num_merges"]
+    if knobs["dense_hint"]:
+        width = len(control["input_hint_block.0.initial_conv.weight"])
+        return {**hint, "hint_width": width, "num_merges": merges, "latent_factor": 2**merges}
+    # Every fourth place widens and, but for the first, halves.
+    places = (f"input_hint_block.{n}.weight" for n in range(0, len(control), 4))
+    widths = [len(control[place]) for place in places if place in control]
+    return {**hint, "hint_widths": widths, "latent_factor": 2 ** (len(widths) - 1)}
+
+
+def _autoencoder_knobs(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The autoencoder as a component, and how far it shrinks images."""
+    if "autoencoder" not in found:
+        return {}
+    knobs = read_knobs(found["autoencoder"], AUTOENCODER)
+    target = {"_target_": "scripts.common.autoencoder.LDMAutoencoder", "_requires_": "@use_bundle", "spatial_dims": 2}
+    return {"autoencoder_def": {**target, **knobs}, "latent_factor": 2 ** (len(knobs["channels"]) - 1)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

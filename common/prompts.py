@@ -85,16 +85,19 @@ def list_prompts(
     optional: Sequence[str] = (),
     num_samples: int = 1,
     seed: int = 0,
+    strict: bool = False,
 ) -> list[Case]:
     """List cases by an index, or from folders that have none.
 
     Args:
         dataset_dir: an index; a folder with ``prompt.json``; one with ``masks`` and ``images``, files paired by name;
             or, where images are optional, a folder of masks.
-        prompt: text of cases without one.
+        prompt: text of every case of folders without an index; an index has its own.
         optional: as in `read_prompts`.
         num_samples: how many differently seeded samples of every case.
         seed: the run's seed.
+        strict: raise for bad cases of a folder at once, as training must; else they carry an ``error``, which
+            `CaseStream` reports. A bad index is refused in any case.
 
     Returns:
         cases ``{"name", "mask", "image", "prompt", "seed"}``.
@@ -104,9 +107,8 @@ def list_prompts(
     if index == root or index.is_file():
         return seeded(read_prompts(index, optional=optional), num_samples, seed)
     masks = "masks" if "image" not in optional or (root / "masks").is_dir() else "."
-    cases = list_cases(
-        root, {"mask": masks, "image": "images"}, optional=optional, num_samples=num_samples, seed=seed, strict=False
-    )
+    folders = {"mask": masks, "image": "images"}
+    cases = list_cases(root, folders, optional=optional, num_samples=num_samples, seed=seed, strict=strict)
     return [{"prompt": prompt, **case} for case in cases]
 
 

@@ -121,7 +121,8 @@ class TrainingState:
         interval: epochs between saves; the last epoch is always saved.
         resume: pick up ``checkpoint.pt`` if there is one, the previous one if it is damaged; else start anew (and
             replace it).
-        dtype: of the weights in ``model.pt``: ``"float16"`` halves the file; networks compute in their own.
+        dtype: of the weights in ``model.pt``, counters and such apart: ``"float16"`` halves the file; networks compute
+            in their own.
     """
 
     def __init__(
@@ -139,7 +140,9 @@ class TrainingState:
         self.model = model
         self.interval = interval
         self.resume = resume
-        self.dtype = getattr(torch, dtype)
+        self.dtype = getattr(torch, dtype, None)
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise ValueError(f"dtype must be that of weights, 'float32', 'float16' or 'bfloat16', got {dtype!r}")
         self.damaged: set[Path] = set()
 
     def attach(self, engine: Engine) -> None:
@@ -215,7 +218,8 @@ class TrainingState:
         if rank() > 0 or (epoch % self.interval and epoch != epochs):
             return
         # The model first: a run that dies before its last checkpoint makes both again.
-        weights = {k: v.detach().cpu().to(self.dtype).contiguous() for k, v in self.model.state_dict().items()}
+        state = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
+        weights = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in state.items()}
         model = self.path.with_name("model.pt")
         with atomic_path(model) as temporary:
             save_tensors(weights, temporary)

@@ -110,7 +110,8 @@ class DiffusionUNet(DiffusionEncoder, DiffusionModelUNet):
             does so with the transformers of cross-attention).
         transformer_norm_eps: epsilon of the norms before transformers (Stable Diffusion: 1e-6, with ``norm_eps`` 1e-5
             elsewhere); None takes ``norm_eps``.
-        num_words: size of a learned table of tokens; a ``context`` of whole numbers (B, L) is looked up in it.
+        num_words: size of a learned table of tokens; a ``context`` of whole numbers (B, L) is looked up in it. It needs
+            ``cross_attention_dim``, the tokens' width.
         kwargs: arguments of ``DiffusionModelUNet``.
     """
 
@@ -131,6 +132,8 @@ class DiffusionUNet(DiffusionEncoder, DiffusionModelUNet):
         set_transformer_norm_eps(self, transformer_norm_eps)
         self.spatial_dims = spatial_dims
         self.cross_attention_dim: int | None = kwargs.get("cross_attention_dim")
+        if num_words is not None and self.cross_attention_dim is None:
+            raise ValueError(f"num_words {num_words} needs cross-attention: set with_conditioning, cross_attention_dim")
         self.words = None if num_words is None else nn.Embedding(num_words, self.cross_attention_dim or 0)
         self.max_period = max_period
         if upsample_mode not in ("nearest", "linear"):

@@ -33,7 +33,7 @@ class Red(nn.Module):
 
 
 def test_visible_lesions_are_learnt_and_found_in_other_images():
-    network = train_segmenter(*visible(32), epochs=16, **TINY)
+    network = train_segmenter(*visible(32), epochs=12, **TINY)
     assert not network.training
     assert float(dice_scores(network, *visible(16, seed=1)).mean()) > 0.9
 
@@ -41,7 +41,7 @@ def test_visible_lesions_are_learnt_and_found_in_other_images():
 def test_what_cannot_be_seen_is_not_found():
     images, masks = visible(32)
     network = train_segmenter(
-        images[torch.randperm(32, generator=torch.Generator().manual_seed(0))], masks, epochs=16, **TINY
+        images[torch.randperm(32, generator=torch.Generator().manual_seed(0))], masks, epochs=12, **TINY
     )
     assert float(dice_scores(network, *visible(16, seed=1)).mean()) < 0.7
 

@@ -12,7 +12,7 @@ import difflib
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,19 @@ sys.path.insert(0, str(REPO))
 from common.checkpoints import (  # noqa: E402
     MONAI_GENERATIVE,
     CheckpointError,
-    dropped_keys,
+    Foreign,
+    by_rules,
     read_knobs,
     read_weights,
     select,
-    translate,
 )
 from common.io import atomic_path, sha256, write_json  # noqa: E402
+from common.ldm_layout import LATENT_DIFFUSION, by_parts  # noqa: E402
 
 LAYOUTS = ("authors", "monai_generative")
+# Rules that bundles share: an entry of import_rules.json says by "layout" which it stands on. And who reads by them.
+SHARED = {"monai_generative": MONAI_GENERATIVE, "latent_diffusion": LATENT_DIFFUSION}
+READERS: dict[str, Callable[..., Foreign]] = {"latent_diffusion": by_parts}
 
 
 class UsageError(ValueError):
@@ -42,6 +46,18 @@ class UsageError(ValueError):
 
 
 def import_checkpoint(
+    bundle_root: str | Path, path: str | Path, **options: Any
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Build a bundle's network at the size of a foreign checkpoint and fill it; arguments as of `import_components`.
+
+    Returns:
+        (network on the CPU in evaluation mode, provenance card)
+    """
+    components, card = import_components(bundle_root, path, **options)
+    return components["network_def"], card
+
+
+def import_components(
     bundle_root: str | Path,
     path: str | Path,
     *,
@@ -49,8 +65,8 @@ def import_checkpoint(
     part: str | None = None,
     preset: str | None = None,
     **knobs: Any,
-) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """Build a bundle's network at the size of a foreign checkpoint and fill it.
+) -> tuple[dict[str, torch.nn.Module], dict[str, Any]]:
+    """Build all that a foreign checkpoint fills of a bundle, at its size.
 
     Args:
         bundle_root: folder of the bundle, with ``configs/inference.json`` and ``configs/import_rules.json``.
@@ -61,24 +77,27 @@ def import_checkpoint(
         knobs: values that win over those read off the weights.
 
     Returns:
-        (network on the CPU in evaluation mode, provenance card)
+        ({"network_def" or another component of the config: network on the CPU in evaluation mode}, provenance card)
     """
     root, path = Path(bundle_root).resolve(), Path(path)
     rules = _rules(root, layout)
     if part is not None:
         rules["select"] = [part]
-    parser = _parser(root, preset)
-    _check_knobs(parser, knobs)
+    presets = [f"configs/{preset}.json"] * (preset is not None)
+    _check_knobs(_parser(root, presets), knobs)
     # What the weights cannot tell stands among the rules' constants, until the user says otherwise.
     constants = rules.get("constants", {})
     rules["constants"] = {**constants, **{k: v for k, v in knobs.items() if k in constants}}
     content = read_weights(path)
     state, name = select(content, rules)
-    knobs = read_knobs(state, rules, knobs)
+    found = READERS.get(rules.get("layout", ""), by_rules)(state, rules, knobs)
     overlays = read_knobs(state, {**rules, "knobs": {"overlays": rules.get("overlays", [])}})["overlays"]
-    network = _build(parser, knobs)
-    network.load_state_dict(translate(state, rules, network.state_dict()))
-    dropped = dropped_keys(state, rules)
+    overlays = list(dict.fromkeys(presets + overlays))
+    # What is built is what the overlays, too, make of it, as they are part of the command that runs it.
+    components = {k: _build(_parser(root, overlays), found.knobs, k) for k in found.fill}
+    for component, network in components.items():
+        network.load_state_dict(found.fill[component](network.state_dict()))
+    dropped = found.dropped
     card = {
         "source": {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path), "layout": layout},
         "part": name or "top level",
@@ -86,33 +105,49 @@ def import_checkpoint(
         "step": next((content[k] for k in ("step", "global_step", "epoch") if isinstance(content.get(k), int)), None),
         "licence": rules.get("licence", "not stated"),
         "training_data": rules.get("training_data", "not stated"),
-        "knobs": knobs,
-        "overlays": [f"configs/{preset}.json"] * (preset is not None) + overlays,
+        "knobs": found.knobs,
+        "overlays": overlays,
         "keys": {
             "in_file": len(state),
             "used": len(state) - sum(map(len, dropped.values())),
             "dropped": {reason: {"count": len(keys), "keys": keys} for reason, keys in dropped.items()},
-            "filled": len(network.state_dict()),
+            "filled": sum(len(network.state_dict()) for network in components.values()),
+            "parts": _parts(found, components),
         },
-        "parameters": sum(p.numel() for p in network.parameters()),
+        "parameters": sum(p.numel() for p in components["network_def"].parameters()),
+        "notes": list(found.notes),
+        "ready": found.ready,
         "versions": {"monai": monai.__version__, "torch": torch.__version__},
     }
-    return network.eval(), card
+    return {k: network.eval() for k, network in components.items()}, card
+
+
+def _parts(found: Foreign, components: Mapping[str, torch.nn.Module]) -> dict[str, dict[str, Any]]:
+    """Say of each part how many keys it has in the file, how many were used, and how many of ours it filled."""
+    out = {key for keys in found.dropped.values() for key in keys}
+    return {
+        name: {
+            "fills": part.component,
+            "in_file": len(part.keys),
+            "used": sum(key not in out for key in part.keys),
+            "filled": sum(key.startswith(part.prefix) for key in components[part.component].state_dict()),
+        }
+        for name, part in found.parts.items()
+    }
 
 
 def _rules(root: Path, layout: str) -> dict[str, Any]:
     path = root / "configs" / "import_rules.json"
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if layout == "monai_generative":
-        own = content.get(layout, {})
-        return {**MONAI_GENERATIVE, **own, "knobs": {**MONAI_GENERATIVE["knobs"], **own.get("knobs", {})}}
-    if layout not in content:
+    if layout not in content and layout not in SHARED:
         raise UsageError(f"{path} has no rules for layout {layout!r}, only {[k for k in content if k in LAYOUTS]}")
-    return dict(content[layout])
+    own = content.get(layout, {})
+    shared = SHARED.get(own.get("layout", layout), {})
+    return {**shared, **own, "knobs": {**shared.get("knobs", {}), **own.get("knobs", {})}}
 
 
-def _parser(root: Path, preset: str | None) -> ConfigParser:
-    files = [root / "configs" / f"{name}.json" for name in ("inference", preset) if name]
+def _parser(root: Path, overlays: Iterable[str]) -> ConfigParser:
+    files = [root / name for name in ("configs/inference.json", *overlays)]
     for file in files:
         if not file.is_file():
             raise UsageError(f"{file} does not exist")
@@ -129,10 +164,10 @@ def _check_knobs(parser: ConfigParser, knobs: Mapping[str, Any]) -> None:
             raise UsageError(f"unknown option or knob --{knob}" + (f": did you mean --{near[0]}?" if near else ""))
 
 
-def _build(parser: ConfigParser, knobs: Mapping[str, Any]) -> torch.nn.Module:
+def _build(parser: ConfigParser, knobs: Mapping[str, Any], component: str) -> torch.nn.Module:
     parser.update(dict(knobs))
     try:
-        return parser.get_parsed_content("network_def")
+        return parser.get_parsed_content(component)
     except (RuntimeError, ValueError, TypeError) as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -146,25 +181,57 @@ def _describe(value: Any) -> Any:
     return f"{type(value).__name__} of {len(value)}" if isinstance(value, (Mapping, list)) else type(value).__name__
 
 
-def write(network: torch.nn.Module, card: dict[str, Any], output: Path) -> None:
-    """Write ``model.pt``, its card ``model.json`` and the overlay ``imported.json``; what was there first is kept."""
-    for suffix in ("pt", "json"):
-        old, kept = output / f"model.{suffix}", output / f"model.previous.{suffix}"
-        if old.is_file() and not (output / "model.previous.pt" if suffix == "pt" else kept).is_file():
+def write(components: Mapping[str, torch.nn.Module], card: dict[str, Any], output: Path, root: Path) -> None:
+    """Write weights, their card ``model.json`` and the overlay ``imported.json``; what was there first is kept.
+
+    ``network_def`` becomes ``model.pt``, another component ``NAME_def`` becomes ``NAME.pt``, which the overlay names as
+    ``NAME_weights``.
+    """
+    names = {k: "model" if k == "network_def" else k.removesuffix("_def") for k in components}
+    for written in [*(f"{name}.pt" for name in names.values()), "model.json"]:
+        old = output / written
+        kept = old.with_suffix(f".previous{old.suffix}")
+        if old.is_file() and not kept.is_file():
             with atomic_path(kept) as temporary:
                 shutil.copy2(old, temporary)
-    with atomic_path(output / "model.pt") as temporary:
-        torch.save(network.state_dict(), temporary)
-    card["weights_sha256"] = sha256(output / "model.pt")
+    overlay = {"_desc_": f"Knobs of {card['source']['file']}.", **card["knobs"]}
+    for component, network in components.items():
+        file = output / f"{names[component]}.pt"
+        with atomic_path(file) as temporary:
+            torch.save(network.state_dict(), temporary)
+        if component == "network_def":
+            card["weights_sha256"] = sha256(file)
+        else:
+            card[names[component]] = {
+                "file": file.name,
+                "parameters": sum(p.numel() for p in network.parameters()),
+                "weights_sha256": sha256(file),
+            }
+            overlay[f"{names[component]}_weights"] = _place(file, root)
     write_json(output / "model.json", card)
-    write_json(output / "imported.json", {"_desc_": f"Knobs of {card['source']['file']}.", **card["knobs"]})
+    write_json(output / "imported.json", overlay)
 
 
-def _command(root: Path, output: Path, overlays: Sequence[str]) -> str:
-    """Say how to use what was written, from the bundle's folder."""
-    files = ["configs/inference.json", *overlays, output / "imported.json"]
-    listed = ",".join(f"'{file}'" for file in files)
-    return f'cd {root} && python -m monai.bundle run --config_file "[{listed}]" --weights {output / "model.pt"}'
+def _place(file: Path, root: Path) -> str:
+    """A path as a config says it: from the bundle's root if it lies below, so that both may move."""
+    if file.is_relative_to(root):
+        return f"$@bundle_root + {'/' + file.relative_to(root).as_posix()!r}"
+    return file.as_posix()
+
+
+def _commands(root: Path, output: Path, card: Mapping[str, Any]) -> list[str]:
+    """Say how to use what was written, from the bundle's folder: to synthesise, and to train on where a bundle can."""
+    uses = [("Now run:  ", "inference", "weights")] if card["ready"] else []
+    train = root / "configs" / "train.json"
+    if train.is_file() and "base" in json.loads(train.read_text(encoding="utf-8")):
+        uses.append(("Or train: " if uses else "Now train:", "train", "base"))
+    commands = []
+    for verb, config, knob in uses:
+        files = [f"configs/{config}.json", *card["overlays"], output / "imported.json"]
+        listed = ",".join(f"'{file}'" for file in files)
+        run = f'python -m monai.bundle run --config_file "[{listed}]" --{knob} {output / "model.pt"}'
+        commands.append(f"{verb} cd {root} && {run}")
+    return commands
 
 
 def _arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -205,20 +272,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             known = sorted(p.parent.name for p in (REPO / "bundles").glob("*/configs"))
             raise UsageError(f"no bundle {args.bundle!r}: choose one of {', '.join(known)}, or give its folder")
         root = root.resolve()
-        network, card = import_checkpoint(
+        components, card = import_components(
             root, args.checkpoint, layout=args.layout, part=args.select, preset=args.preset, **knobs
         )
         card |= {k: v for k in ("licence", "training_data") if (v := getattr(args, k)) is not None}
         output = Path(args.output).resolve() if args.output else root / "models"
-        write(network, card, output)
+        write(components, card, output, root)
     except (UsageError, CheckpointError, OSError) as error:
         print(f"import_weights: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     keys = card["keys"]
     dropped = sum(entry["count"] for entry in keys["dropped"].values())
     print(f"{args.checkpoint} ({card['part']}): {keys['used']} keys used, {dropped} dropped, {keys['filled']} filled")
+    for name, part in keys["parts"].items() if len(keys["parts"]) > 1 else ():
+        print(f"  {name}: {part['used']} of {part['in_file']} keys used, {part['filled']} filled in {part['fills']}")
     print(f"{output / 'model.pt'}: {card['parameters']} parameters; trained on: {card['training_data']}")
-    print("Now run:  " + _command(root, output, card["overlays"]))
+    for note in card["notes"]:
+        print(f"Note: {note}")
+    print("\n".join(_commands(root, output, card)))
     return 0
 
 
