@@ -5,6 +5,7 @@ In configs it is called ``scripts.common.<room>``. Rooms along the path of the d
 - `io`: case lists, atomic writing
 - `cases`: a stream of cases that survives bad ones, a saver that leaves a side-car with each
 - `prompts`: Siamese-Diffusion's index of masks, images and prompts
+- `text`: a prompt becomes what the network attends to: numbered words, CLIP's tokens, a cache of both
 - `phantoms`, `mask_phantoms`, `endoscopy_phantoms`: procedural bodies, masks and polyps, every bundle's default cohort
 - `transforms`: dictionary transforms MONAI lacks
 - `semantics`, `mask_statistics`: size, place and count of what masks show, and models that draw new ones
@@ -19,7 +20,8 @@ In configs it is called ``scripts.common.<room>``. Rooms along the path of the d
 - `execution`: precision, memory format, attention, compilation
 - `training`: EMA, exact resume, progress, previews
 - `checkpoints`, `ldm_layout`: other people's weights into our networks
-- `metrics`, `evaluation`, `mask_metrics`, `mask_evaluation`: how good synthetic images and masks are, in numbers and as
-  a report
+- `metrics`, `evaluation`, `mask_metrics`, `mask_evaluation`, `image_evaluation`: how good synthetic images and masks are,
+  in numbers and as a report
+- `downstream`: whether they help a segmenter
 - `pictures`: slices, montages and GIFs as a radiologist looks at them
 """

@@ -10,7 +10,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
-from einops import rearrange
 from monai.networks.blocks import Convolution
 from monai.networks.nets import AutoencoderKL
 from monai.networks.nets.autoencoderkl import Decoder
@@ -93,34 +92,22 @@ class LDMAutoencoder(AutoencoderKL):
         return super().encode(x)
 
 
-class PatchAutoencoder(nn.Module):
-    """The autoencoder that loses nothing and learns nothing: the pixels of each patch become channels.
-
-    It stands where a trained one may: diffusion on pixels, at the cost of the smaller grid.
+class AutoencoderLoss(nn.Module):
+    """Mean absolute error of the reconstruction, and a light pull of the latents towards a standard normal.
 
     Args:
-        spatial_dims: 2 or 3.
-        patch: side of a patch.
+        kl_weight: strength of the pull, on means over the latent's entries.
     """
 
-    def __init__(self, spatial_dims: int, patch: int = 2) -> None:
+    def __init__(self, kl_weight: float = 1e-3) -> None:
         super().__init__()
-        self.patch = patch
-        axes = "hwd"[:spatial_dims]
-        self.pixels = "b c " + " ".join(f"({axis} p{axis})" for axis in axes)
-        self.patches = f"b (c {' '.join(f'p{axis}' for axis in axes)}) " + " ".join(axes)
-        self.sides = {f"p{axis}": patch for axis in axes}
+        self.kl_weight = kl_weight
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, C, *S) -> (B, C patch^dims, *S / patch), and a standard deviation of zero."""
-        if any(side % self.patch for side in x.shape[2:]):
-            raise ValueError(f"the image has sides {tuple(x.shape[2:])}, expected multiples of {self.patch}: resize it")
-        patches = rearrange(x, f"{self.pixels} -> {self.patches}", **self.sides)
-        return patches, torch.zeros_like(patches)
-
-    def decode(self, z: Tensor) -> Tensor:
-        """The way back."""
-        return rearrange(z, f"{self.patches} -> {self.pixels}", **self.sides)
+    def forward(self, pred: tuple[Tensor, Tensor, Tensor], target: Tensor) -> Tensor:
+        """Compare what ``AutoencoderKL`` gives (reconstruction, mean and standard deviation) with the image."""
+        image, mean, std = (x.float() for x in pred)
+        divergence = 0.5 * (mean.square() + std.square() - 1) - std.log()
+        return (image - target).abs().mean() + self.kl_weight * divergence.mean()
 
 
 class LatentSpace:
@@ -133,7 +120,7 @@ class LatentSpace:
         scale: latents are multiplied by it (Stable Diffusion: 0.18215).
     """
 
-    def __init__(self, autoencoder: AutoencoderKL | PatchAutoencoder, scale: float = 1.0) -> None:
+    def __init__(self, autoencoder: AutoencoderKL, scale: float = 1.0) -> None:
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.scale = scale
 

@@ -157,27 +157,29 @@ def _network_knobs(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _hint_knobs(control: dict[str, Any]) -> dict[str, Any]:
-    """Knobs of the ControlNet's stem, and how far it shrinks the hint; none without a ControlNet."""
+    """Knobs of the ControlNet's stem; none without a ControlNet."""
     if not control:
         return {}
     knobs = read_knobs(control, CONTROLNET)
-    hint, merges = {k: knobs[k] for k in ("hint_channels", "dense_hint")}, knobs["num_merges"]
+    hint = {k: knobs[k] for k in ("hint_channels", "dense_hint")}
     if knobs["dense_hint"]:
         width = len(control["input_hint_block.0.initial_conv.weight"])
-        return {**hint, "hint_width": width, "num_merges": merges, "latent_factor": 2**merges}
+        return {**hint, "hint_width": width, "num_merges": knobs["num_merges"]}
     # Every fourth place widens and, but for the first, halves.
     places = (f"input_hint_block.{n}.weight" for n in range(0, len(control), 4))
-    widths = [len(control[place]) for place in places if place in control]
-    return {**hint, "hint_widths": widths, "latent_factor": 2 ** (len(widths) - 1)}
+    return {**hint, "hint_widths": [len(control[place]) for place in places if place in control]}
 
 
 def _autoencoder_knobs(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The autoencoder as a component, and how far it shrinks images."""
+    """Knobs of the autoencoder, which say, too, how far it shrinks images."""
     if "autoencoder" not in found:
         return {}
     knobs = read_knobs(found["autoencoder"], AUTOENCODER)
-    target = {"_target_": "scripts.common.autoencoder.LDMAutoencoder", "_requires_": "@use_bundle", "spatial_dims": 2}
-    return {"autoencoder_def": {**target, **knobs}, "latent_factor": 2 ** (len(knobs["channels"]) - 1)}
+    ours = {"channels": "channels", "num_res_blocks": "blocks", "norm_num_groups": "groups"}
+    result = {f"autoencoder_{ours[k]}": v for k, v in knobs.items() if k in ours}
+    if any(knobs["attention_levels"]):  # on top of the middle's; Stable Diffusion has none
+        result["autoencoder_def::attention_levels"] = knobs["attention_levels"]
+    return {**result, "autoencoder_attention": True}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ LEAVES = {"schedules", "solvers", "semantics", "transforms", "totalsegmentator",
 LEAVES |= {"metrics", "phantoms", "mask_phantoms", "prompts", "execution", "pictures", "workflow"}
 ROOMS = {"unet", "sampler", "conditioning", "siamese", "categorical", "training", "cases"}
 ROOMS |= {"evaluation", "mask_evaluation", "mask_metrics", "mask_sampler", "mask_statistics"}
-ROOMS |= {"autoencoder", "controlnet", "ldm_layout", "endoscopy_phantoms"}
+ROOMS |= {"autoencoder", "controlnet", "ldm_layout", "endoscopy_phantoms", "downstream", "image_evaluation"}
 FOR_ALL = {"io", "schedules"}
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from monai.data import CacheDataset, MetaTensor
 from monai.networks.blocks import SpatialAttentionBlock
 from monai.networks.nets.autoencoderkl import AEKLResBlock
 from torch import nn
+from torch.distributions import Normal, kl_divergence
 
-from common.autoencoder import LatentSpace, LDMAutoencoder, unit_scale
+from common.autoencoder import AutoencoderLoss, LatentMomentsd, LatentSpace, LDMAutoencoder, unit_scale
 from common.conditioning import Concat
 from common.sampler import DiffusionSampler
 from common.schedules import DDIM, CaseNoise
@@ -126,3 +128,77 @@ def test_the_sampler_decodes_with_it():
     out = sampler(torch.zeros(1, 1, 2, 2), lambda x, t: 0.1 * x[:, :2])
     assert torch.equal(out, latents.decode(states[-1]))
     assert out.shape == (1, 3, 8, 8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Its training
+
+
+@pytest.mark.parametrize("weight", [0.0, 1e-3, 1.0])
+@dims
+def test_the_loss_is_the_absolute_error_and_the_divergence_from_a_standard_normal(weight, d):
+    shape, size = (2, 3, *(8,) * d), (2, 2, *(2,) * d)
+    image, target, mean, std = torch.rand(shape), torch.rand(shape), torch.randn(size), torch.rand(size) + 0.1
+    divergence = kl_divergence(Normal(mean, std), Normal(0.0, 1.0)).mean()
+    expected = nn.functional.l1_loss(image, target) + weight * divergence
+    torch.testing.assert_close(AutoencoderLoss(weight)((image, mean, std), target), expected)
+    parts = [AutoencoderLoss(weight)((image[b], mean[b], std[b]), target[b]) for b in range(2)]
+    torch.testing.assert_close(torch.stack(parts).mean(), expected)
+
+
+def test_nothing_is_lost_on_a_perfect_image_of_a_standard_normal():
+    image, zero, one = torch.rand(2, 3, 8, 8), torch.zeros(2, 2, 2, 2), torch.ones(2, 2, 2, 2)
+    loss = AutoencoderLoss(1.0)
+    assert loss((image, zero, one), image) == 0
+    assert all(
+        loss((image, mean, std), image) > 0 for mean, std in ((zero + 0.1, one), (zero, 1.1 * one), (zero, 0.9 * one))
+    )
+    half = tuple(x.bfloat16() for x in (image, zero, one))
+    assert loss(half, half[0]).dtype == torch.float32, "summed in full precision whatever the network computed in"
+
+
+def test_the_loss_teaches_both_sides():
+    network, image = make(), torch.rand(2, 3, 8, 8)
+    AutoencoderLoss(1.0)(network(image), image).backward()
+    still = [n for n, p in network.named_parameters() if not n.endswith("to_k.bias") and not p.grad.any()]
+    assert still == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Moments that are worth caching
+
+
+@pytest.mark.parametrize("kind", [MetaTensor, torch.Tensor.numpy, torch.Tensor.clone], ids=["meta", "numpy", "plain"])
+def test_the_moments_of_a_case_join_it_and_leave_it_as_it_was(kind):
+    latents, image = LatentSpace(make(), 0.5), torch.rand(3, 8, 8)
+    case = {"image": kind(image), "name": "a"}
+    out = LatentMomentsd("image", latents)(case)
+    assert set(case) == {"image", "name"}
+    assert torch.equal(torch.as_tensor(case["image"]), image)
+    assert out["image"] is case["image"]
+    for name, expected in zip(("mean", "std"), latents.moments(image[None]), strict=True):
+        assert type(out[name]) is torch.Tensor
+        assert out[name].device.type == "cpu"
+        assert not out[name].requires_grad
+        assert torch.equal(out[name], expected[0])
+
+
+def test_every_image_is_encoded_once_however_many_epochs(monkeypatch):
+    latents, seen = LatentSpace(make()), []
+    encode = latents.moments
+    monkeypatch.setattr(latents, "moments", lambda image: seen.append(len(image)) or encode(image))
+    cases = [{"image": torch.rand(3, 8, 8)} for _ in range(3)]
+    data = CacheDataset(cases, LatentMomentsd("image", latents), progress=False)
+    epochs = [[data[i]["mean"] for i in range(3)] for _ in range(2)]
+    assert seen == [1, 1, 1]
+    assert all(torch.equal(a, b) for a, b in zip(*epochs, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_moments_come_back_from_the_gpu():
+    image = torch.rand(3, 8, 8)
+    out = LatentMomentsd("image", LatentSpace(make().cuda()), "cuda")({"image": image})
+    assert (out["mean"].device.type, out["std"].device.type) == ("cpu", "cpu")
+    torch.testing.assert_close(out["mean"], LatentMomentsd("image", LatentSpace(make()))({"image": image})["mean"],
+                               atol=1e-2, rtol=1e-2)  # fmt: skip

@@ -14,10 +14,12 @@ import pytest
 import torch
 from conftest import names, touch
 from monai.data import MetaTensor
-from monai.transforms import LoadImage
+from monai.transforms import Compose, LoadImage
+from PIL import Image
 
 from common.cases import CaseSaver, CaseStream
 from common.io import CaseError, list_cases, list_synthetic, sha256, unwrap
+from common.transforms import FromMaskd, FromPictured, LoadCased, ToHintd, ToPictured
 
 FOLDERS = {"image": "CT", "layout": "SEG"}
 
@@ -194,3 +196,38 @@ def test_masks_are_written_as_they_are(extension, tmp_path):
     back = LoadImage(image_only=True, ensure_channel_first=True)(tmp_path / f"a_mask{extension}")
     assert torch.equal(torch.as_tensor(back).reshape(1, 6, 4), mask)
     assert json.loads((tmp_path / "a.json").read_text())["made_by"]["record"] == record
+
+
+def save_pair(root: Path, image: torch.Tensor, mask: torch.Tensor) -> None:
+    """One synthetic pair, as Siamese-Diffusion writes it."""
+    saver = CaseSaver(root, {"pred": "image", "label": "mask"}, ".png", dtypes={"pred": "uint8", "label": "bool"})
+    saver.save({"source": json.dumps({"name": "a", "seed": 0}), "pred": image, "label": mask})
+
+
+@pytest.mark.parametrize("size", [(6, 4), (17, 9), (8, 8)], ids=str)
+@pytest.mark.parametrize("kind", [MetaTensor, torch.Tensor.clone], ids=["meta", "plain"])
+def test_colour_is_written_pixel_for_pixel_and_a_mask_in_one_bit(size, kind, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, *size), generator=generator).float()
+    mask = 255.0 * (torch.rand(1, *size, generator=generator) > 0.5)
+    save_pair(tmp_path, kind(image), kind(mask))
+    with Image.open(tmp_path / "a_image.png") as colour, Image.open(tmp_path / "a_mask.png") as bits:
+        assert (colour.mode, colour.size) == ("RGB", size), "columns first, as everywhere in MONAI"
+        assert (bits.mode, bits.size) == ("1", size)
+        np.testing.assert_array_equal(np.asarray(colour).transpose(2, 1, 0), image)
+        np.testing.assert_array_equal(np.asarray(bits).T, mask[0] > 0)
+    load = LoadImage(image_only=True, ensure_channel_first=True)
+    assert torch.equal(torch.as_tensor(load(tmp_path / "a_image.png")), image)
+    assert list_synthetic(tmp_path) == [{k: str(tmp_path / f"a_{k}.png") for k in ("image", "mask")}]
+
+
+def test_what_is_saved_comes_back_as_what_the_network_reads(tmp_path):
+    """Written and loaded again, image and mask are the same conditions and targets: they can train the next one."""
+    torch.manual_seed(0)
+    image, mask = torch.rand(3, 12, 8) * 2 - 1, (torch.rand(1, 12, 8) > 0.5).float()
+    on_disk = Compose([FromPictured("pred"), FromMaskd("label")])({"pred": image, "label": mask})
+    save_pair(tmp_path, on_disk["pred"], on_disk["label"])
+    load = Compose([LoadCased(("image", "mask")), ToPictured("image", (12, 8)), ToHintd("mask", (12, 8))])
+    back = load({k: str(tmp_path / f"a_{k}.png") for k in ("image", "mask")})
+    assert torch.equal(torch.as_tensor(back["mask"]), mask)
+    assert (torch.as_tensor(back["image"]) - image).abs().max().item() <= 0.5 / 127.5 + 1e-6

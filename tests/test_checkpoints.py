@@ -19,6 +19,8 @@ from torch import nn
 from common.checkpoints import (
     CheckpointError,
     CheckpointLoader,
+    fill,
+    filled,
     from_monai_generative,
     read_knobs,
     read_weights,
@@ -241,6 +243,50 @@ def test_loader_shortens_long_lists_and_may_be_lenient(tmp_path, caplog):
     run_loader(tmp_path / "model.pt", network, strict=False)
     assert torch.equal(network.bias.data, torch.ones(2))
     assert "fits in part only" in caplog.text
+
+
+def test_filled_without_a_path_is_the_network_as_it_is():
+    network = nn.Linear(3, 2)
+    before = network.weight.clone()
+    assert filled(network, None) is network
+    assert torch.equal(network.weight, before)
+    assert isinstance(filled(nn.Identity(), None), nn.Identity)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("way", ["filled", "loader"])
+def test_half_precision_files_fill_networks_that_compute_in_their_own(tmp_path, suffix, way):
+    torch.manual_seed(0)
+    source, target, path = nn.BatchNorm1d(3), nn.BatchNorm1d(3), tmp_path / f"half{suffix}"
+    source.weight.data, source.num_batches_tracked = torch.randn(3), torch.tensor(70_001)
+    state = {k: v.half() if v.is_floating_point() else v for k, v in source.state_dict().items()}
+    torch.save(state, path) if suffix == ".pt" else save_file(state, path)
+    if way == "filled":
+        assert filled(target, path) is target
+    else:
+        run_loader(path, target)
+    assert {k: v.dtype for k, v in target.state_dict().items()} == {k: v.dtype for k, v in source.state_dict().items()}
+    assert torch.equal(target.weight, source.weight.half().float())
+    assert target.num_batches_tracked == 70_001
+
+
+def test_what_does_not_fit_is_refused_by_the_files_name_and_fills_nothing(tmp_path, caplog):
+    path = tmp_path / "other.pt"
+    torch.save({"weight": torch.ones(2, 3), "bias": torch.ones(5), "more": torch.ones(1)}, path)
+    network = nn.Linear(3, 2)
+    before = network.weight.clone()
+    with pytest.raises(
+        CheckpointError, match=r"other\.pt does not fit the network: 1 unexpected \(more\).*bias \(5,\)"
+    ):
+        filled(network, path)
+    with pytest.raises(CheckpointError, match=r"^mine does not fit"):
+        fill(network, read_weights(path), "mine")
+    assert torch.equal(network.weight, before)
+    with pytest.raises(FileNotFoundError, match=r"none\.pt do not exist"):
+        filled(network, tmp_path / "none.pt")
+    fill(network, read_weights(path), path, strict=False)
+    assert torch.equal(network.weight, torch.ones(2, 3))
+    assert "other.pt fits in part only" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

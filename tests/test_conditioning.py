@@ -10,7 +10,15 @@ from monai.data import MetaTensor
 from monai.inferers import DiffusionInferer
 from monai.networks.nets import ControlNet
 
-from common.conditioning import Concat, ConditionPrepareBatch, ControlNetHint, CrossAttention, Guided
+from common.conditioning import (
+    Concat,
+    ConditionPrepareBatch,
+    ControlNetHint,
+    CrossAttention,
+    Guided,
+    GuidedContext,
+    HintPrepareBatch,
+)
 from common.schedules import DDPM
 from common.unet import DiffusionUNet
 
@@ -188,3 +196,181 @@ def test_the_target_is_what_the_scheduler_turns_back_into_the_image(kind):
     for b, t in enumerate(infer["timesteps"].tolist()):
         _, x_0 = scheduler.step(target[b : b + 1], t, noisy[b : b + 1])
         torch.testing.assert_close(x_0, image[b : b + 1], atol=1e-2 if t == 49 else 1e-4, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Latents, null conditions that are whole rows, hints
+
+
+def latent_batch(n: int = 4) -> dict:
+    """Images, masks, words, and the moments of their latents."""
+    torch.manual_seed(5)
+    return {
+        "image": MetaTensor(torch.rand(n, 3, 8, 8) * 2 - 1),
+        "mask": MetaTensor((torch.rand(n, 1, 8, 8) > 0.5).float()),
+        "context": torch.randint(1, 50, (n, 5)),
+        "mean": MetaTensor(torch.randn(n, 2, 4, 4)),
+        "std": torch.rand(n, 2, 4, 4) + 0.5,
+    }
+
+
+def latent_draw(prepared: tuple, data: dict) -> torch.Tensor:
+    return (prepared[0] - torch.as_tensor(data["mean"])) / data["std"]
+
+
+def test_latents_are_drawn_anew_for_every_batch_around_their_mean():
+    data, prepare = latent_batch(2000), ConditionPrepareBatch(10, "context", mode="crossattn")
+    first, second = prepare(data), prepare(data)
+    assert first[0].shape == first[1].shape == data["mean"].shape
+    assert type(first[0]) is torch.Tensor
+    assert not torch.equal(first[0], second[0])
+    draws = latent_draw(first, data)
+    assert draws.mean().item() == pytest.approx(0, abs=0.02)
+    assert draws.std().item() == pytest.approx(1, abs=0.02)
+    certain = {**data, "std": torch.zeros_like(data["std"])}
+    assert torch.equal(prepare(certain)[0], torch.as_tensor(data["mean"]))
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_a_latents_draw_is_not_the_noise(seed):
+    """The same generator seeded twice would noise every latent by its own draw."""
+    data = latent_batch(500)
+    prepared = ConditionPrepareBatch(10, "context", mode="crossattn", seed=seed)(data)
+    draws, noise = latent_draw(prepared, data).flatten(), prepared[3]["noise"].flatten()
+    assert torch.corrcoef(torch.stack([draws, noise]))[0, 1].abs().item() < 0.03
+    assert not torch.isclose(draws, noise, atol=1e-5).float().mean() > 0.01
+
+
+def test_a_seed_fixes_the_latents_too():
+    data, prepare = latent_batch(), ConditionPrepareBatch(10, "context", mode="crossattn", seed=3)
+    first = prepare(data)
+    torch.manual_seed(9)
+    before = torch.random.get_rng_state()
+    second = prepare(data)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    kept = latent_batch()
+    assert all(torch.equal(torch.as_tensor(data[k]), torch.as_tensor(kept[k])) for k in data), (
+        "the batch is the caller's"
+    )
+
+
+@pytest.mark.parametrize(
+    "condition", [torch.randint(1, 50, (4000, 5)), torch.rand(4000, 5, 6) + 1], ids=["words", "tokens"]
+)
+def test_a_null_condition_may_be_a_row_of_its_own(condition):
+    torch.manual_seed(0)
+    null = torch.arange(5) + 100 if condition.ndim == 2 else -torch.rand(5, 6)
+    data = {"image": torch.rand(4000, 1, 1, 1), "context": condition}
+    out = ConditionPrepareBatch(10, "context", mode="crossattn", drop=0.2, null=null)(data)[3]["condition"]
+    assert out.dtype == condition.dtype
+    lost, kept = (out == null).flatten(1).all(1), (out == condition).flatten(1).all(1)
+    assert torch.equal(lost, ~kept), "a whole row or none of it"
+    assert lost.float().mean().item() == pytest.approx(0.2, abs=0.02)
+    every = ConditionPrepareBatch(10, "context", mode="crossattn", drop=1.0, null=null)(data)[3]["condition"]
+    assert torch.equal(every, null.expand_as(condition))
+    zero = ConditionPrepareBatch(10, "context", mode="crossattn", drop=1.0)(data)[3]["condition"]
+    assert zero.dtype == condition.dtype
+    assert not zero.any()
+
+
+@pytest.mark.parametrize("latent", [True, False], ids=["latents", "pixels"])
+@pytest.mark.parametrize("size", [(8, 8), (8, 6, 4)], ids=["2-D", "3-D"])
+def test_hints_are_the_mask_in_the_images_channels_and_the_image_in_the_masks_range(latent, size):
+    image, mask = MetaTensor(torch.rand(4, 3, *size) * 2 - 1), MetaTensor((torch.rand(4, 1, *size) > 0.5).float())
+    image[0, 0], image[0, 1] = -1, 1
+    data = {"image": image, "mask": mask, "context": torch.randint(1, 50, (4, 5))}
+    data |= {"mean": torch.randn(4, 2, 4, 4), "std": torch.ones(4, 2, 4, 4)} if latent else {}
+    z_0, target, args, infer = HintPrepareBatch(10, "context", mode="crossattn")(data)
+    assert args == ()
+    assert set(infer) == {"noise", "timesteps", "context", "hint_mask", "hint_image"}
+    assert z_0.shape == target.shape == infer["noise"].shape == ((4, 2, 4, 4) if latent else image.shape)
+    assert torch.equal(target, infer["noise"])
+    assert infer["hint_mask"].shape == infer["hint_image"].shape == image.shape
+    for channel in infer["hint_mask"].unbind(1):
+        assert torch.equal(channel, mask[:, 0].as_tensor())
+    assert torch.equal(infer["hint_image"], (image.as_tensor() + 1) / 2)
+    assert (infer["hint_image"].min().item(), infer["hint_image"].max().item()) == (0, 1)
+    assert torch.equal(infer["context"], data["context"])
+    assert all(type(v) is torch.Tensor for v in (z_0, target, *infer.values()))
+
+
+def test_words_are_dropped_hints_are_not():
+    data, null = latent_batch(), torch.zeros(5)
+    infer = HintPrepareBatch(10, "context", mode="crossattn", drop=1.0, null=null)(data)[3]
+    assert infer["context"].dtype == torch.int64
+    assert not infer["context"].any()
+    assert torch.equal(infer["hint_mask"][:, :1], data["mask"].as_tensor())
+    assert data["context"].all()
+
+
+def test_the_target_of_hinted_latents_is_the_velocity_where_the_scheduler_predicts_it():
+    scheduler = DDPM(50, "cosine_exact", prediction_type="v_prediction")
+    z_0, target, _, infer = HintPrepareBatch(50, "context", mode="crossattn", scheduler=scheduler)(latent_batch())
+    abar = scheduler.alphas_cumprod[infer["timesteps"]].float().view(-1, 1, 1, 1)
+    torch.testing.assert_close(target, abar.sqrt() * infer["noise"] - (1 - abar).sqrt() * z_0)
+    fixed = HintPrepareBatch(50, "context", mode="crossattn", scheduler=scheduler, seed=2)
+    first, second = fixed(latent_batch()), fixed(latent_batch())
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A context of each case's own
+
+
+class Spoken(Recorder):
+    """A controlled network whose answer each case's own tokens, and its hint, shift."""
+
+    def __call__(self, x, t, encoded, scale, context=None):
+        super().__call__(x, t, encoded=encoded, scale=scale, context=context)
+        shift = 0 if context is None else context.float().flatten(1).mean(1)
+        return 0.1 * x + (shift + encoded.flatten(1).mean(1)).view(-1, 1, 1, 1)
+
+
+TOKENS = {"tokens": torch.rand(3, 5, 6) + 1, "words": torch.randint(1, 50, (3, 5))}
+of_any_kind = pytest.mark.parametrize("kind", TOKENS)
+adapters = pytest.mark.parametrize(
+    "adapter",
+    [lambda context: ControlNetHint(context=context), lambda context: GuidedContext(1.0, context=context),
+     lambda context: GuidedContext(3.0, torch.zeros_like(TOKENS["tokens" if context.ndim == 3 else "words"][:1]),
+                                   context=context)],
+    ids=["plain", "neutral", "guided"],
+)  # fmt: skip
+
+
+@of_any_kind
+@adapters
+def test_a_calls_context_takes_the_place_of_the_default(kind, adapter):
+    own, network = TOKENS[kind], Spoken()
+    x, t, hint = torch.randn(3, 1, 4, 4), torch.tensor([1, 2, 3]), torch.rand(3, 1, 4, 4)
+    default = torch.full_like(own[:1], 7)
+    called = adapter(default)(network, hint, own)(x, t)
+    assert torch.equal(called, adapter(own)(network, hint)(x, t)), "as if it had been the default"
+    assert not torch.equal(called, adapter(default)(network, hint)(x, t))
+    assert all(call[2]["context"].dtype == own.dtype for call in network.calls), "words stay whole numbers"
+    assert torch.equal(network.calls[0][2]["context"][-3:], own)
+    assert (default == 7).all()
+
+
+@of_any_kind
+@adapters
+def test_cases_with_contexts_of_their_own_are_their_cases_one_by_one(kind, adapter):
+    own, network = TOKENS[kind], Spoken()
+    x, t, hint = torch.randn(3, 1, 4, 4), torch.tensor([1, 2, 3]), torch.rand(3, 1, 4, 4)
+    make = adapter(torch.zeros_like(own[:1]))
+    together = make(network, hint, own)(x, t)
+    for b in (slice(0, 1), slice(1, 2), slice(2, 3)):
+        torch.testing.assert_close(make(network, hint[b], own[b])(x[b], t[b]), together[b])
+    one = make(network, hint, own[:1])(x, t)
+    torch.testing.assert_close(one, make(network, hint, own[:1].expand_as(own))(x, t))
+    with pytest.raises(ValueError, match="2 rows for 3 cases"):
+        make(network, hint, own[:2])(x, t)
+
+
+def test_guidance_needs_a_default_or_a_calls_context():
+    guided, hint, own = GuidedContext(2.0, TOKENS["words"][:1]), torch.rand(3, 1, 4, 4), TOKENS["words"]
+    with pytest.raises(ValueError, match="needs a context to compare with null_context"):
+        guided(Spoken(), hint)
+    assert guided(Spoken(), hint, own)(torch.randn(3, 1, 4, 4), torch.arange(3)).shape == (3, 1, 4, 4)

@@ -7,6 +7,7 @@ import torch
 from monai.networks.nets import ControlNet
 from torch import nn
 
+from common.checkpoints import CheckpointError
 from common.conditioning import ControlNetHint, GuidedContext
 from common.controlnet import ControlledUNet, DenseHintInput, HintControlNet
 from common.sampler import DiffusionSampler
@@ -27,12 +28,11 @@ def shuffled(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
-def make(d: int = 2, merges: int = 1, **kwargs) -> ControlledUNet:
+def make(d: int = 2, merges: int = 1, num_words: int | None = None, **kwargs) -> ControlledUNet:
     stem = DenseHintInput(d, 3, 8, num_merges=merges, width=4)
     settings = {**SETTINGS, **TEXT}
-    return shuffled(
-        ControlledUNet(DiffusionUNet(d, 2, 2, **settings), HintControlNet(d, 2, stem=stem, **settings), **kwargs)
-    )
+    unet = DiffusionUNet(d, 2, 2, num_words=num_words, **settings)
+    return shuffled(ControlledUNet(unet, HintControlNet(d, 2, stem=stem, **settings), **kwargs))
 
 
 def inputs(d: int = 2, n: int = 2) -> dict[str, torch.Tensor]:
@@ -191,6 +191,105 @@ def test_the_encoder_is_frozen_on_request():
     assert all(p.grad is not None for p in free.parameters())
 
 
+def test_the_words_are_frozen_with_the_encoder():
+    frozen, free = make(num_words=9), make(num_words=9, freeze_encoder=False)
+    data = {**inputs(), "context": torch.tensor([[1, 8, 0], [3, 3, 2]])}
+    assert torch.equal(frozen(**data), free(**data))
+    for network, expected in ((frozen, False), (free, True)):
+        network(**data).square().sum().backward()
+        assert network.unet.words.weight.requires_grad == expected
+        assert (network.unet.words.weight.grad is not None) == expected
+    asked = {name.split(".")[0] for name, p in frozen.unet.named_parameters() if p.requires_grad}
+    assert asked == {"up_blocks", "out"}
+    assert all(p.requires_grad for p in frozen.controlnet.parameters())
+    assert all(p.requires_grad for p in make(num_words=9, freeze_encoder=False).parameters())
+
+
+def test_words_reach_the_unet_and_its_control_alike():
+    network, data, words = make(num_words=9), inputs(), torch.tensor([[1, 8, 0], [3, 3, 2]])
+    tokens = network.unet.words.weight[words]
+    assert torch.equal(network(**{**data, "context": words}), network(**{**data, "context": tokens}))
+    assert not torch.equal(network(**{**data, "context": words}), network(**{**data, "context": words.flip(0)}))
+
+
+def test_its_channels_are_the_unets():
+    unet, control = DiffusionUNet(2, 2, 3, **SETTINGS), HintControlNet(2, 2, **SETTINGS, **MONAI_STEM)
+    network = ControlledUNet(unet, control)
+    assert (network.in_channels, network.out_channels) == (2, 3)
+    assert network(inputs()["x"]).shape == (2, 3, 4, 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where a training starts
+
+
+def is_copy(network: ControlledUNet) -> bool:
+    """Whether the ControlNet's encoder is the U-Net's."""
+    own = {n: p for n, p in network.controlnet.named_parameters() if not n.startswith("controlnet_")}
+    return all(torch.equal(p, network.unet.get_parameter(n)) for n, p in own.items())
+
+
+def other_weights(network: nn.Module) -> dict[str, torch.Tensor]:
+    torch.manual_seed(7)
+    return {k: torch.randn_like(v) for k, v in network.state_dict().items()}
+
+
+@dims
+def test_without_a_base_the_control_starts_as_the_fresh_unets_encoder(d):
+    network = make(d, num_words=9)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    assert not is_copy(network)
+    network.start(None)
+    assert is_copy(network)
+    kept = [k for k in before if k.startswith(("unet.", "controlnet.controlnet_"))]
+    assert all(torch.equal(network.state_dict()[k], before[k]) for k in kept), "U-Net, stem and zero convolutions stay"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_base_of_the_unet_fills_it_and_its_encoder_is_copied(tmp_path, dtype):
+    network = make(num_words=9)
+    base = {k: v.to(dtype) for k, v in other_weights(network.unet).items()}
+    stem = {k: v.clone() for k, v in network.controlnet.controlnet_cond_embedding.state_dict().items()}
+    torch.save(base, tmp_path / "base.pt")
+    network.start(tmp_path / "base.pt")
+    assert all(torch.equal(v, base[k].float()) for k, v in network.unet.state_dict().items())
+    assert is_copy(network)
+    assert all(torch.equal(v, stem[k]) for k, v in network.controlnet.controlnet_cond_embedding.state_dict().items())
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+    assert not network.unet.words.weight.requires_grad, "filling thaws nothing"
+
+
+def test_weights_of_the_whole_network_are_taken_as_they_are(tmp_path):
+    network = make()
+    whole = other_weights(network)
+    torch.save(whole, tmp_path / "model.pt")
+    network.start(str(tmp_path / "model.pt"))
+    assert all(torch.equal(v, whole[k]) for k, v in network.state_dict().items())
+    assert not is_copy(network), "its ControlNet has been trained: nothing is copied over it"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda unet, whole: {**unet, "conv_in.conv.bias": torch.zeros(5)}, r"1 of another shape \(conv_in.conv.bias"),
+        (lambda unet, whole: {k: v for k, v in unet.items() if "conv_in" not in k}, r"2 missing \(conv_in.conv"),
+        (lambda unet, whole: {**unet, "more": torch.zeros(1)}, r"1 unexpected \(more\)"),
+        (lambda unet, whole: {k: v for k, v in whole.items() if not k.startswith("unet.out")}, r"missing \(unet.out"),
+        (lambda unet, whole: {"network": whole}, "missing"),
+    ],
+    ids=["shape", "missing", "unexpected", "half of both", "nested"],
+)
+def test_a_base_that_does_not_fit_is_refused_by_name_and_fills_nothing(tmp_path, spoil, message):
+    network = make()
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    torch.save(spoil(other_weights(network.unet), other_weights(network)), tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=f"other.pt does not fit the network.*{message}"):
+        network.start(tmp_path / "other.pt")
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+    with pytest.raises(FileNotFoundError, match=r"none\.pt do not exist"):
+        network.start(tmp_path / "none.pt")
+
+
 def test_it_can_be_exported():
     network, data = make(), inputs()
     program = torch.export.export(network, (data["x"],), {k: v for k, v in data.items() if k != "x"})
@@ -266,6 +365,30 @@ def test_the_pair_and_the_whole_condition_alike():
     ours = shuffled(HintControlNet(2, 2, **settings, **MONAI_STEM))
     outs = [ControlNetHint(c, context=data["context"])(network.unet, data["hint"])(x, t) for c in (monais, ours)]
     assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("words", [False, True], ids=["tokens", "words"])
+def test_a_batch_of_hints_and_contexts_is_its_cases_one_by_one(guidance, words):
+    network, data = make(num_words=9), inputs()
+    own = torch.tensor([[1, 8, 0, 2, 2], [3, 3, 2, 5, 7]]) if words else data["context"]
+    guided = GuidedContext(guidance, torch.zeros_like(own[:1]), context=torch.ones_like(own[:1]))
+    together = sampler(guided)(data["hint"], network, seeds=[4, 5], context=own)
+    for b in range(2):
+        alone = sampler(guided)(data["hint"][b : b + 1], network, seeds=[4 + b], context=own[b : b + 1])
+        torch.testing.assert_close(together[b : b + 1], alone, rtol=1e-4, atol=1e-4)
+    default = sampler(guided)(data["hint"], network, seeds=[4, 5])
+    assert (together - default).abs().max() > 1e-3
+    named = GuidedContext(guidance, torch.zeros_like(own[:1]), context=own)
+    assert torch.equal(sampler(named)(data["hint"], network, seeds=[4, 5]), together)
+
+
+def test_the_pair_looks_words_up_as_the_whole_does():
+    network, data, words = make(num_words=9), inputs(), torch.tensor([[1, 8, 0], [3, 3, 2]])
+    x, t = data["x"], data["timesteps"]
+    for adapter in (ControlNetHint, lambda c=None: GuidedContext(2.0, torch.zeros(1, 3, dtype=int), controlnet=c)):
+        whole = adapter()(network, data["hint"], words)(x, t)
+        assert torch.equal(whole, adapter(network.controlnet)(network.unet, data["hint"], words)(x, t))
 
 
 def test_tokens_serve_all_cases_or_each_its_own():

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import names, touch
 
-from common.io import CaseError, atomic_path, case_seed, list_cases, stem, write_json
+from common.io import CaseError, atomic_path, case_seed, list_cases, seeded, stem, write_json
 
 FOLDERS = {"image": "CT", "layout": "SEG"}
 
@@ -176,3 +176,21 @@ def test_files_that_are_no_images_are_passed_over_by_name(tmp_path, caplog):
     assert [case["name"] for case in cases] == ["a", "b"]
     assert "notes.txt is passed over" in caplog.text
     assert ".DS_Store" not in caplog.text
+
+
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_samples_are_named_and_seeded_as_listed_cases_are(num_samples: int, tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{folder}/{name}.nii" for folder in ("CT", "SEG") for name in ("b", "a_s1")), "CT/alone.nii")
+    listed = list_cases(tmp_path, FOLDERS, num_samples=num_samples, seed=7, strict=False)
+    names = ["a_s1", "alone", "b"]
+    assert [c["name"] for c in listed] == [
+        n if num_samples == 1 else f"{n}_s{k}" for n in names for k in range(num_samples)
+    ]
+    assert [c["seed"] for c in listed] == [case_seed(7, f"{n}/{k}") for n in names for k in range(num_samples)]
+    assert ["error" in c for c in listed] == [n == "alone" for n in names for k in range(num_samples)]
+    bare = [{k: v for k, v in c.items() if k != "seed"} for c in list_cases(tmp_path, FOLDERS, strict=False)]
+    kept = json.dumps(bare)
+    assert seeded(bare, num_samples, 7) == listed
+    assert json.dumps(bare) == kept, "the cases that came stay as they were"
+    assert seeded(bare[::-1]) == seeded(bare)[::-1], "neither order nor company matters"
+    assert seeded([]) == []

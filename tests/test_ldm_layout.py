@@ -183,11 +183,7 @@ def vae_layout(channels: tuple, blocks: int, attention: tuple) -> Iterator[Layer
     yield "post_quant_conv", "post_quant_conv.conv"
 
 
-@pytest.mark.parametrize("attention", [(False, False, False), (False, True, True)])
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_an_autoencoder_of_any_build_comes_back(blocks, attention):
-    channels = (32, 32, 64)
-    network = shuffled(LDMAutoencoder(2, channels=channels, num_res_blocks=blocks, attention_levels=attention))
+def foreign_vae(network: LDMAutoencoder, channels: tuple, blocks: int, attention: tuple) -> dict[str, torch.Tensor]:
     layers, theirs = list(vae_layout(channels, blocks, attention)), {}
     for key, value in network.state_dict().items():
         if key.startswith("quant_conv"):
@@ -208,6 +204,15 @@ def test_an_autoencoder_of_any_build_comes_back(blocks, attention):
     for name in ("weight", "bias"):
         halves = [network.state_dict()[f"quant_conv_{part}.conv.{name}"] for part in ("mu", "log_sigma")]
         theirs[f"quant_conv.{name}"] = torch.cat(halves)
+    return theirs
+
+
+@pytest.mark.parametrize("attention", [(False, False, False), (False, True, True)])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_an_autoencoder_of_any_build_comes_back(blocks, attention):
+    channels = (32, 32, 64)
+    network = shuffled(LDMAutoencoder(2, channels=channels, num_res_blocks=blocks, attention_levels=attention))
+    theirs = foreign_vae(network, channels, blocks, attention)
     assert same(translate(theirs, AUTOENCODER, network.state_dict()), network.state_dict())
     knobs = read_knobs(theirs, AUTOENCODER)
     assert knobs["attention_levels"] == list(attention)
@@ -220,9 +225,9 @@ def test_an_autoencoder_of_any_build_comes_back(blocks, attention):
 LEVELS = BUILDS["uneven"]
 
 
-def merged(network: ControlledUNet) -> dict[str, torch.Tensor]:
-    unet = foreign(network.unet, [*unet_layout(LEVELS), *output_layout(LEVELS)])
-    control = foreign(network.controlnet, [*unet_layout(LEVELS), *control_layout(LEVELS, True, 1)])
+def merged(network: ControlledUNet, levels: list = LEVELS) -> dict[str, torch.Tensor]:
+    unet = foreign(network.unet, [*unet_layout(levels), *output_layout(levels)])
+    control = foreign(network.controlnet, [*unet_layout(levels), *control_layout(levels, True, 1)])
     return {
         **{PREFIXES["unet"] + k: v for k, v in unet.items()},
         **{PREFIXES["controlnet"] + k: v for k, v in control.items()},

@@ -18,7 +18,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.inferers import DiffusionInferer
-from monai.transforms import Compose, Orientationd, Resized, ScaleIntensityRanged, Transposed
+from monai.transforms import Compose, Orientationd, Resized
 from PIL import Image
 from scipy import stats
 
@@ -34,7 +34,7 @@ from common.semantics import Lesion, components, conditions
 from common.siamese import NoiseConsistencyLoss, SiameseInferer, SiameseUNet, mixed
 from common.solvers import DPMSolverPP
 from common.training import WeightEMA
-from common.transforms import ColumnScaled, CropNoduled, LayoutToConditiond, ToHintd, ToMaskd
+from common.transforms import ColumnScaled, CropNoduled, LayoutToConditiond, ToHintd, ToMaskd, ToPictured
 from common.unet import DiffusionUNet
 from tools.import_weights import import_checkpoint
 
@@ -745,14 +745,7 @@ def test_siamese_diffusion_preprocessing(name):
     data = arrays("siamese_diffusion", name)
 
     def prepared(k: int, size: tuple[int, ...]) -> dict[str, torch.Tensor]:
-        prepare = Compose(
-            [
-                ToHintd("mask", size),
-                Transposed("image", (0, 2, 1)),
-                ScaleIntensityRanged("image", 0, 255, -1, 1),
-                Resized("image", size, mode="bilinear", align_corners=False),
-            ]
-        )
+        prepare = Compose([ToHintd("mask", size), ToPictured("image", size)])
         loaded = {}
         for key in ("image", "mask"):
             picture = data[f"in_{key}_{k}"]

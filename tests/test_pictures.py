@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from common.pictures import COLOURS, asked_for, centre_of, montage, plane, planes, save_gif, save_png
+from common.pictures import (
+    COLOURS,
+    PairSheet,
+    asked_for,
+    centre_of,
+    montage,
+    photo,
+    picture_of,
+    plane,
+    planes,
+    save_gif,
+    save_png,
+)
 
 
 def marked(axis: int) -> np.ndarray:
@@ -73,3 +86,47 @@ def test_what_was_asked_is_drawn_where_and_as_large_as_asked():
     radius = np.sqrt(0.1 * 200 * 100 / np.pi)
     assert np.ptp(columns) == pytest.approx(2 * radius, abs=2)
     assert np.ptp(rows) == pytest.approx(2 * radius, abs=2)
+
+
+def image(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(-1, 1, (3, height, width)).astype(np.float32)
+
+
+def test_a_photo_shows_the_image_pixel_by_pixel_rows_first():
+    shown = photo(values := image(5, 8), height=5)
+    assert (shown.mode, shown.size) == ("RGB", (10, 7)), "a rim of one pixel"
+    inside = np.asarray(shown)[1:-1, 1:-1]
+    np.testing.assert_array_equal(inside, np.rint((values + 1) * 127.5).transpose(1, 2, 0))
+    assert not np.asarray(shown)[[0, -1]].any()
+    back = photo(inside.transpose(2, 0, 1) / 127.5 - 1, height=5)
+    np.testing.assert_array_equal(np.asarray(back)[1:-1, 1:-1], inside, err_msg="what is on disk is what is shown")
+
+
+def test_a_photo_clips_and_rounds_and_keeps_its_proportions():
+    assert photo(image(20, 30), height=40).size == (62, 42)
+    levels = np.array([-9, -1, -0.998, 0.999, 1, 9]).reshape(1, 1, 6).repeat(3, 0)
+    assert np.asarray(photo(levels, height=1))[1, 1:-1, 0].tolist() == [0, 0, 0, 255, 255, 255]
+
+
+def test_a_sheet_of_pairs_shows_mask_synthetic_and_real_of_every_case_side_by_side():
+    real = torch.from_numpy(np.stack([image(16, 12, seed) for seed in range(5)]))
+    synthetic, masks = -real, (real[:, :1] > 0).float()
+    sheet = PairSheet(real, masks, columns=2, height=32)(synthetic)
+    width, height = 3 * 26, 34
+    assert sheet.size == (2 * width, 3 * height), "five cases, two in a row"
+    pixels = np.asarray(sheet)
+    for case in range(5):
+        top, left = case // 2 * height, case % 2 * width
+        for k, shown in enumerate((picture_of(masks[case].numpy(), 32), photo(synthetic[case].numpy(), 32),
+                                   photo(real[case].numpy(), 32))):  # fmt: skip
+            tile = pixels[top : top + height, left + 26 * k : left + 26 * (k + 1)]
+            # The caption lies over the first row's first mask.
+            rows = slice(20 if top == 0 else 0, None)
+            np.testing.assert_array_equal(tile[rows], np.asarray(shown)[rows], err_msg=f"case {case}, picture {k}")
+    assert not pixels[2 * height :, width:].any(), "no sixth case"
+
+
+def test_a_sheet_needs_a_synthetic_image_for_each_case():
+    real, masks = np.zeros((3, 3, 8, 8)), np.zeros((3, 1, 8, 8))
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        PairSheet(real, masks)(real[:2])

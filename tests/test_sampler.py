@@ -200,6 +200,38 @@ def test_any_adapter_of_the_condition_serves():
     assert torch.equal(first, second)
 
 
+class Shifted:
+    """An adapter that takes a number of each case's own beside the condition, and remembers what came."""
+
+    def __init__(self) -> None:
+        self.came: list[dict] = []
+
+    def __call__(self, network, condition, **own):
+        self.came.append(own)
+        shift = own["context"].view(-1, *[1] * (condition.ndim - 1))
+        return lambda x, t: network(torch.cat([x, condition], dim=1), t) + shift
+
+
+@every
+def test_what_a_case_brings_for_the_adapter_reaches_it_once_and_is_that_cases_alone(sampler, scheduler):
+    adapter, inputs, own = Shifted(), cases(), torch.tensor([0.0, 0.3, -0.2])
+    run = sampler(scheduler(), N, condition=adapter)
+    together = run(inputs, Stub(), seeds=[1, 2, 3], context=own)
+    assert [list(given) for given in adapter.came] == [["context"]]
+    assert adapter.came[0]["context"] is own
+    for b in range(3):
+        alone = run(inputs[b : b + 1], Stub(), seeds=[b + 1], context=own[b : b + 1])
+        assert torch.equal(alone, together[b : b + 1])
+    plain = sampler(scheduler(), N)(inputs, Stub(), seeds=[1, 2, 3])
+    assert torch.equal(plain[0], together[0])
+    assert not torch.equal(plain[1], together[1])
+
+
+def test_an_adapter_that_takes_nothing_more_refuses_more():
+    with pytest.raises(TypeError, match="context"):
+        DiffusionSampler(DDIM(T), N)(cases(), Stub(), context=torch.zeros(3))
+
+
 def test_the_bar_is_quiet_where_nobody_watches(capfd):
     for verbose in (True, False):
         InversionSampler(DPMSolverPP(T), 2, verbose=verbose)(cases(), Stub())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import sys
@@ -17,9 +18,25 @@ from PIL import Image
 from common.mask_statistics import ShrunkKDE, save_statistics
 from common.pictures import COLOURS
 from common.semantics import Lesion
-from tools import verify
+from tools import benchmark_siamese, verify
+from tools.benchmark_siamese import STEPS, PairBench, StepBench, measure_guidance, measure_pairs, measure_passes
+from tools.demo import picture
+from tools.measuring import bundle_config
 
 TOOLS = ("verify", "package", "import_weights", "demo", "benchmark")
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def siamese_weights(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of smoke size that do not predict zero."""
+    torch.manual_seed(0)
+    state = verify.build(verify.parser(repo / "bundles/siamese_diffusion", "inference", "smoke"), "cpu").state_dict()
+    path = tmp_path_factory.mktemp("weights") / "model.pt"
+    torch.save({key: value + 0.05 * torch.randn(value.shape) for key, value in state.items()}, path)
+    return path
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -74,6 +91,40 @@ def test_demo_draws_masks_and_what_was_asked_over_them(repo: Path, tmp_path: Pat
     assert (sheet == 255).all(axis=-1).any()
 
 
+@pytest.mark.bundle
+def test_demo_draws_images_below_their_masks(siamese_weights: Path, tmp_path: Path):
+    command = ["siamese_diffusion", "--preset", "smoke", "--weights", str(siamese_weights), "--output", str(tmp_path)]
+    done = run_command(sys.executable, "tools/demo.py", *command)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "siamese_diffusion: 12 synthetic cases" in done.stdout
+    assert verify.check_synthesis(tmp_path / "siamese_diffusion") == []
+    assert Image.open(tmp_path / "siamese_diffusion" / "montage.png").size == (6 * 162, 2 * 2 * 162)
+
+
+def test_pairs_are_shown_in_rows_each_image_below_its_mask_and_no_reference(tmp_path: Path):
+    cases = []
+    for i in range(7):
+        case = {key: str(tmp_path / f"{i}_{key}.png") for key in ("image", "mask", "reference")}
+        colours = {"image": (10 * i, 90, 200), "reference": (255, 255, 0)}
+        for key, colour in colours.items():
+            Image.new("RGB", (8, 4), colour).save(case[key])
+        mask = np.zeros((4, 8), dtype=np.uint8)
+        mask[:, 4:] = 255
+        Image.fromarray(mask).save(case["mask"])
+        cases.append(case)
+    (path,) = picture(cases, tmp_path)
+    sheet = np.asarray(Image.open(path))
+    height, width = 160 + 2, 320 + 2  # with their rims
+    assert sheet.shape == (2 * 2 * height, 6 * width, 3)
+    for i in range(7):
+        top, left = i // 6 * 2 * height, i % 6 * width
+        mask, image = (sheet[top + k * height :][1:161, left + 1 : left + 321] for k in (0, 1))
+        assert (mask[:, :160] == 0).all()
+        assert (mask[:, 160:] == 255).all(), "the mask's right half, with a sharp edge"
+        assert (image == (10 * i, 90, 200)).all()
+    assert not (sheet == (255, 255, 0)).all(axis=-1).any(), "nothing of the real image"
+
+
 @pytest.mark.parametrize("arguments", [["--samples", "0"], ["--weights", "x.pt"], ["--preset", "smoke"]])
 def test_demo_refuses_what_makes_no_sense(arguments: list[str]):
     assert run_command(sys.executable, "tools/demo.py", *arguments).returncode == 2
@@ -110,3 +161,94 @@ def test_benchmark_prints_a_table(repo: Path):
     assert done.returncode == 0, done.stdout[-3000:]
     assert "| network call |" in done.stdout
     assert "sampler noise" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def steps() -> StepBench:
+    torch.manual_seed(0)
+    return StepBench(bundle_config("siamese_diffusion", ["smoke"]), 5, CPU)
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
+@pytest.mark.parametrize(("step", "of"), STEPS.values())
+def test_the_timed_steps_are_one_step_made_in_two_ways(
+    steps: StepBench, prediction: str, step: int, of: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(steps.scheduler, "prediction_type", prediction)
+    network = copy.deepcopy(steps.fused)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    literal = steps.literal(copy.deepcopy(network), step, of)
+    ours = steps.ours(network, step, of, precision="float32", channels_last=False)
+    first, second = float(literal()), float(literal())
+    assert [float(ours()), float(ours())] == pytest.approx([first, second], rel=1e-4)
+    assert second != pytest.approx(first, rel=1e-2), "the optimiser made a step"
+
+
+def test_passes_are_counted_where_they_happen(steps: StepBench):
+    assert (steps.due, int((steps.batch["timesteps"] <= 200).sum())) == (1, 1)
+    assert measure_passes(steps) == [
+        ["as published", "10", "10", "15", "15", "2"],
+        ["ours", "5", "10", "10", "10", "0"],
+        ["as published, augmenting", "15", "15", "20", "20", "2"],
+        ["ours, augmenting", "6", "11", "11", "10", "0"],
+    ]
+
+
+def test_networks_that_are_compared_differ_in_attention_alone(steps: StepBench):
+    def fused(network: torch.nn.Module) -> set[bool]:
+        return {m.use_flash_attention for m in network.modules() if hasattr(m, "use_flash_attention")}
+
+    assert (fused(steps.plain), fused(steps.fast), fused(steps.fused)) == ({False}, {True}, {True})
+    state = steps.plain.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in steps.fast.state_dict().items())
+    x = steps.batch["inputs"]
+    assert steps.call()().shape == steps.fast_call()().shape == x.shape
+
+
+def test_samplers_of_pairs_are_compared_on_equal_masks_and_seeds(
+    siamese_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(benchmark_siamese, "REFERENCE_CALLS", 6)
+    config = bundle_config("siamese_diffusion", ["smoke"], siamese_weights)
+    bench = PairBench(config, 3, 2, str(tmp_path), CPU)
+    assert (bench.masks > 0).flatten(1).any(1).all()
+    rows = measure_pairs(bench, [6, 2])
+    assert [row[:2] for row in rows] == [
+        ["DPM-Solver++(2M)", "6"],
+        ["the same, another seed", "6"],
+        ["DDIM (published)", "50"],
+        ["DPM-Solver++(2M)", "6"],
+        ["DPM-Solver++(2M)", "2"],
+    ]
+    assert rows[3][3:] == ["0.000", "0.000"], "the reference over again"
+    assert float(rows[1][4].split()[0]) > float(rows[4][4]) > 0
+    (guidance,) = measure_guidance(bench, 1, 2)
+    assert all(re.fullmatch(r"\d+\.\d{3} s", cell) for cell in guidance[1:3])
+
+
+def test_distances_are_told_inside_the_lesion_and_all_over(siamese_weights: Path, tmp_path: Path):
+    bench = PairBench(bundle_config("siamese_diffusion", ["smoke"], siamese_weights), 2, 2, str(tmp_path), CPU)
+    image = torch.zeros(2, 3, 32, 32)
+    inside = (bench.masks > 0).expand_as(image)
+    share = float(inside.float().mean())
+    assert 0 < share < 0.9
+    assert bench.distances(torch.where(inside, 0.5, image), image) == pytest.approx([0.5, 0.5 * share**0.5])
+
+
+@pytest.mark.bundle
+def test_benchmark_of_pairs_prints_tables(siamese_weights: Path):
+    command = ["siamese_diffusion", "--preset", "smoke", "--weights", str(siamese_weights)]
+    command += ["--runs", "1", "--batch", "5", "--cases", "2", "--calls", "2"]
+    done = run_command(sys.executable, "tools/benchmark.py", *command)
+    assert done.returncode == 0, done.stdout[-3000:]
+    rows = [line.strip("| \n").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
+    titles = [row[0] for row in rows]
+    for title in ("network call", "training step", "training step, augmenting 1", "ours, augmenting"):
+        assert title in titles
+    assert [row[1] for row in rows if row[0].startswith(("DPM-Solver", "the same", "DDIM"))] == [
+        "250",
+        "250",
+        "50",
+        "2",
+    ]

@@ -20,6 +20,7 @@ from monai.data import CacheDataset, DataLoader
 from monai.transforms import Compose, RandGaussianNoised
 from torch import nn
 
+from common.checkpoints import filled
 from common.pictures import VolumeSheet
 from common.training import EpochSeed, Preview, Progress, TrainingState, WeightEMA
 from common.unet import DiffusionUNet
@@ -246,6 +247,55 @@ def test_resume_false_starts_anew(tmp_path):
     _, network, _ = (run := state(tmp_path, value=9.0, resume=False))
     assert train(*run, epochs=1).state.epoch == 1
     assert network.weight[0] > 8
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_model_may_be_half_the_size_and_resuming_stays_exact(tmp_path, dtype):
+    _, whole, _ = (run := state(tmp_path / "whole"))
+    train(*run, epochs=4)
+    train(*state(tmp_path / "parts", dtype=dtype), epochs=2)
+    half = torch.load(tmp_path / "parts" / "model.pt", weights_only=True)
+    exact = torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["network"]
+    assert half["weight"].dtype == getattr(torch, dtype)
+    assert exact["weight"].dtype == torch.float32
+    assert torch.equal(half["weight"], exact["weight"].to(half["weight"].dtype))
+    assert not torch.equal(half["weight"].float(), exact["weight"]), "else half precision is not tested"
+
+    _, rest, _ = (run := state(tmp_path / "parts", value=9.0, dtype=dtype))
+    train(*run, epochs=4)
+    assert torch.equal(rest.weight, whole.weight)
+    assert rest.weight.dtype == torch.float32
+    assert not list((tmp_path / "parts").glob(".tmp*"))
+    network = filled(Tiny(9.0), tmp_path / "parts" / "model.pt")
+    assert network.weight.dtype == torch.float32
+    torch.testing.assert_close(network.weight, whole.weight, rtol=1e-2, atol=0)
+
+
+def test_half_precision_is_half_the_file(tmp_path):
+    sizes = []
+    for dtype in ("float32", "float16"):
+        network = nn.Linear(200, 200)
+        trainer = engine()
+        TrainingState(tmp_path / dtype, {"network": network}, network, dtype=dtype).attach(trainer)
+        trainer.run(range(1), max_epochs=1)
+        sizes.append((tmp_path / dtype / "model.pt").stat().st_size)
+    assert sizes[1] < 0.55 * sizes[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_counters_are_no_weights_and_keep_their_type(tmp_path, dtype):
+    """70001 is no number of half precision: rounded it would be infinite."""
+    handler, network, optimizer = state(tmp_path, dtype=dtype)
+    network.count += 70_001
+    train(handler, network, optimizer, epochs=1)
+    count = torch.load(tmp_path / "model.pt", weights_only=True)["count"]
+    assert (count.dtype, count.item()) == (torch.int64, 70_001)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "half precision", "int8", "cat"])
+def test_a_type_that_no_weights_have_is_refused_at_the_door(tmp_path, dtype):
+    with pytest.raises(ValueError, match=f"'float16' or 'bfloat16', got '{dtype}'"):
+        state(tmp_path, dtype=dtype)
 
 
 def test_only_rank_zero_writes(tmp_path, monkeypatch):

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.data.image_reader import PILReader
 from monai.transforms import Compose, CopyItemsd, Invertd, Orientationd, Resized
+from PIL import Image
 from scipy import ndimage
 
 from common.io import CaseError, case_seed
@@ -21,6 +23,7 @@ from common.transforms import (
     CropNoduled,
     FillMissingImaged,
     FromMaskd,
+    FromPictured,
     LayoutToConditiond,
     LoadCased,
     MapLayoutd,
@@ -28,6 +31,7 @@ from common.transforms import (
     PlaceNoduled,
     RandMaskd,
     ToMaskd,
+    ToPictured,
 )
 
 AFFINE = np.array([[0, -2.0, 0, 5], [1, 0, 0, 6], [0, 0, 3, 7], [0, 0, 0, 1]])
@@ -469,3 +473,86 @@ def test_kept_masks_stay_and_options_are_checked() -> None:
         RandMaskd("mask", mode="move")
     with pytest.raises(ValueError, match="zoom must be a range above 0"):
         RandMaskd("mask", zoom=(0.0, 1.0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Colour pictures
+
+
+def picture(channels: int = 3, width: int = 6, height: int = 10, seed: int = 0) -> MetaTensor:
+    """A picture of every grey level there is room for, columns first as MONAI loads it."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (channels, width, height), generator=generator)
+    pixels[0, 0, :2] = torch.tensor([0, 255])
+    return MetaTensor(pixels.float(), meta={"filename_or_obj": "folder/photo.png"})
+
+
+def test_pictures_become_images_rows_first_in_the_networks_range() -> None:
+    image = ToPictured("image", (10, 6))({"image": picture(), "name": "a"})["image"]
+    assert image.shape == (3, 10, 6)
+    assert image.dtype == torch.float32
+    assert (image.min().item(), image.max().item()) == (-1, 1)
+    assert image[0, :2, 0].tolist() == [-1, 1]
+    torch.testing.assert_close(image.as_tensor(), picture().as_tensor().mT / 127.5 - 1)
+    assert image.meta["filename_or_obj"] == "folder/photo.png"
+
+
+def test_there_and_back_is_the_identity_on_every_grey_level() -> None:
+    levels = torch.arange(256.0).reshape(1, 16, 16).repeat(3, 1, 1)
+    for pixels in (levels, torch.as_tensor(picture())):
+        size = pixels.shape[:0:-1]
+        data = {"image": MetaTensor(pixels)}
+        kept = data["image"].clone()
+        back = FromPictured("image")(ToPictured("image", size)(data))["image"]
+        assert torch.equal(torch.as_tensor(back), pixels)
+        assert torch.equal(data["image"], kept), "the picture that came stays as it was"
+        assert torch.equal(back.to(torch.uint8).float(), back.as_tensor()), "nothing is lost on the way to the disk"
+
+
+def test_the_way_back_clips_and_rounds_to_the_nearest_level() -> None:
+    levels = torch.tensor([[-3.0, -0.4, 0.4, 0.6], [99.6, 100.4, 254.7, 900.0]])
+    back = FromPictured("image")({"image": (levels / 127.5 - 1).expand(3, -1, -1)})["image"]
+    assert back.shape == (3, 4, 2), "columns first, as writers want it"
+    assert back[1].mT.tolist() == [[0, 0, 0, 1], [100, 100, 255, 255]]
+
+
+@pytest.mark.parametrize("size", [(4, 4), (20, 9), (10, 6)])
+def test_resizing_is_bilinear_whatever_the_proportions(size: tuple[int, int]) -> None:
+    image = ToPictured("image", size)({"image": picture()})["image"]
+    assert image.shape == (3, *size)
+    assert image.abs().max() <= 1
+    values = torch.as_tensor(picture()).mT[None] / 127.5 - 1
+    expected = torch.nn.functional.interpolate(values, size, mode="bilinear", align_corners=False, antialias=False)[0]
+    torch.testing.assert_close(image.as_tensor(), expected)
+    flat = ToPictured("image", size)({"image": MetaTensor(torch.full((3, 6, 10), 77.0))})["image"]
+    torch.testing.assert_close(flat.as_tensor(), torch.full((3, *size), 77 / 127.5 - 1))
+
+
+def test_grey_pictures_are_grey_in_colour() -> None:
+    grey = picture(1)
+    image = ToPictured("image", (5, 4))({"image": grey})["image"]
+    colour = ToPictured("image", (5, 4))({"image": MetaTensor(grey.repeat(3, 1, 1))})["image"]
+    assert torch.equal(image, colour)
+    assert image.shape == (3, 5, 4)
+    assert torch.equal(ToPictured("image", (5, 4))({"image": grey.as_tensor()})["image"], image), "no MetaTensor needed"
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8), (4, 8, 8), (3, 8, 8, 1), (8, 8), (3, 1, 8), (3, 8, 1)], ids=str)
+def test_what_is_no_colour_picture_is_refused_by_name(shape: tuple[int, ...]) -> None:
+    odd = MetaTensor(torch.zeros(shape), meta={"filename_or_obj": "folder/odd.png"})
+    with pytest.raises(CaseError, match=r"folder/odd\.png has shape \(.*expected a colour picture"):
+        ToPictured("image", (8, 8))({"image": odd})
+
+
+def test_files_of_every_mode_load_as_the_bundle_loads_them(tmp_path: Path) -> None:
+    """Palette, grey, alpha: the reader's converter makes all of them RGB."""
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 6, 3), dtype=np.uint8)
+    grey = Image.fromarray(pixels[..., 0])
+    made = {"rgb": Image.fromarray(pixels), "grey": grey, "palette": grey.convert("P"), "alpha": grey.convert("LA")}
+    load = LoadCased("image", reader=PILReader(converter=lambda p: p.convert("RGB")))
+    prepare = Compose([load, ToPictured("image", (10, 6)), FromPictured("image")])
+    for name, source in made.items():
+        source.save(tmp_path / f"{name}.png")
+        back = np.asarray(prepare({"image": str(tmp_path / f"{name}.png")})["image"])
+        expected = pixels if name == "rgb" else pixels[..., :1].repeat(3, axis=2)
+        np.testing.assert_array_equal(back.transpose(2, 1, 0), expected, err_msg=name)

@@ -170,6 +170,57 @@ def test_missing_or_surplus_conditions_teach():
         make(2)(inputs(2)["x"], context=torch.zeros(2, 4, 6))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+
+
+def worded(d: int = 2) -> nn.Module:
+    return make(d, "cross-attention", num_words=9)
+
+
+@dims
+def test_words_are_looked_up_and_tokens_pass(d):
+    network, values, words = worded(d), inputs(d), torch.tensor([[1, 8, 0], [3, 3, 2]])
+    tokens = network.words.weight[words]
+    assert tokens.shape == (2, 3, 6)
+    assert torch.equal(network.tokens(words), tokens)
+    assert network.tokens(tokens) is tokens
+    assert network.tokens(None) is None
+    by_word = network(**values, context=words)
+    assert torch.equal(by_word, network(**values, context=tokens))
+    assert torch.equal(by_word, network(**values, context=words.int())), "whole numbers of any type"
+    assert not torch.equal(by_word, network(**values, context=words.flip(1)[:, :2]))
+
+
+def test_the_table_is_all_that_words_add():
+    plain, network = make(2, "cross-attention"), worded()
+    assert list(plain.state_dict()) == list(make(2, "cross-attention", cls=DiffusionModelUNet).state_dict())
+    assert set(network.state_dict()) - set(plain.state_dict()) == {"words.weight"}
+    assert network.words.weight.shape == (9, 6)
+    torch.manual_seed(3)
+    drawn = make_fresh(num_words=9)
+    torch.manual_seed(3)
+    same = make_fresh().state_dict()
+    assert all(torch.equal(drawn.state_dict()[k], v) for k, v in same.items()), "the other weights start as without it"
+
+
+def make_fresh(**settings) -> nn.Module:
+    return DiffusionUNet(2, 1, 1, **CHANNELS, num_head_channels=8, **KINDS["cross-attention"], **settings)
+
+
+def test_the_words_that_came_learn_and_no_others():
+    network = worded().train()
+    network(**inputs(2), context=torch.tensor([[1, 8], [3, 1]])).square().sum().backward()
+    assert network.words.weight.grad.any(1).nonzero().flatten().tolist() == [1, 3, 8]
+
+
+def test_words_without_a_table_and_a_table_without_attention_teach():
+    with pytest.raises(ValueError, match="numbers of words, the network no table of them: set num_words"):
+        make(2, "cross-attention")(**inputs(2), context=torch.zeros(2, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match="num_words 9 needs cross-attention: set with_conditioning"):
+        make(2, num_words=9)
+
+
 def test_it_can_be_exported_and_traced():
     network, x = make(2, upsample_mode="linear", max_period=1000.0), inputs(2)["x"]
     expected = network(x, torch.tensor([3, 700]))

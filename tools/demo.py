@@ -25,7 +25,17 @@ sys.path.insert(0, str(REPO))
 
 from common.io import list_synthetic  # noqa: E402
 from common.mask_metrics import errors, match  # noqa: E402
-from common.pictures import asked_for, centre_of, montage, plane, planes, save_gif, save_png  # noqa: E402
+from common.pictures import (  # noqa: E402
+    asked_for,
+    centre_of,
+    montage,
+    photo,
+    picture_of,
+    plane,
+    planes,
+    save_gif,
+    save_png,
+)
 from common.semantics import Lesion  # noqa: E402
 
 
@@ -122,9 +132,21 @@ def numbers(asked: Sequence[dict[str, Any]], achieved: Sequence[dict[str, Any]])
     return [f"{title} {', '.join(values)} %" for title, values in texts.items()]
 
 
-# The files of a case that decide which picture shows it best.
+def picture_pairs(cases: Sequence[dict[str, Any]], output: Path, columns: int = 6, height: int = 160) -> list[Path]:
+    """Montage: each synthetic image below the mask it was made from."""
+    cells = []
+    for case in cases:
+        mask = np.asarray(Image.open(case["mask"]))[None] > 0
+        image = np.asarray(Image.open(case["image"]).convert("RGB")).transpose(2, 0, 1) / 127.5 - 1
+        cells.append(montage([[picture_of(mask, height)], [photo(image, height)]]))
+    save_png(montage([cells[i : i + columns] for i in range(0, len(cells), columns)]), output / "montage.png")
+    return [output / "montage.png"]
+
+
+# The files of a case that decide which picture shows it best; the first that it has.
 PICTURES: dict[frozenset[str], Callable[[Sequence[dict[str, Any]], Path], list[Path]]] = {
     frozenset({"image", "layout"}): picture_volumes,
+    frozenset({"image", "mask"}): picture_pairs,
     frozenset({"mask"}): picture_masks,
 }
 

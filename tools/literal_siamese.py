@@ -7,6 +7,7 @@ batch augmented as soon as one sample is due. `common.siamese` does the same in 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,8 @@ def literal_step(
     loss = distance(e_m, target(inputs)) + distance(e_mix, target(inputs)) + distance(e_m, e_mix.detach())
     due = timesteps <= 200
     if step > steps / 3 and due.any():
-        alpha, sigma = scheduler.levels(timesteps, inputs)
+        levels: Any = scheduler.levels(timesteps, inputs)
+        alpha, sigma = levels
         z_0 = scheduler.predict_x_0(e_mix.detach(), z_t, alpha, sigma)
         z_t = alpha * z_0 + sigma * noise
         e_aug = predict(unet, z_t, controlnet(z_t, timesteps, hint_mask, context=context))

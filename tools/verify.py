@@ -71,7 +71,7 @@ FILES = ["LICENSE", "docs/README.md", "docs/data_license.txt", "models/model.pt"
 FILES += [f"configs/{name}" for name in ("metadata.json", "inference.json", "train.json", "logging.conf")]
 DATA = {"metadata", "import_rules"}  # JSON in configs/ that is no MONAI config
 # Knobs that name a file of weights, and the component it fills.
-FILLS = {"weights": "network_def", "base": "unet_def", "autoencoder_weights": "autoencoder_def"}
+FILLS = {"weights": "network_def", "autoencoder_weights": "autoencoder_def"}
 MAX_MODELS = 10_000_000  # bytes of all that lies in models/, as it is in git
 
 HEAD = {
