@@ -6,6 +6,7 @@ of either side, as many residual blocks in the decoder as in the encoder, and mo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from monai.utils import convert_to_tensor, ensure_tuple_rep
 from torch import Tensor, nn
 
 from .schedules import Noise, draw
+
+logger = logging.getLogger(__name__)
 
 
 class LDMAutoencoder(AutoencoderKL):
@@ -144,6 +147,16 @@ class LatentSpace:
 def unit_scale(latents: Tensor) -> float:
     """Scale that gives unscaled latents unit variance, as latent diffusion sets it for an autoencoder of one's own."""
     return float(1 / latents.float().std())
+
+
+@torch.no_grad()
+def tell_scale(autoencoder: AutoencoderKL, images: Sequence[Tensor]) -> float:
+    """Log, for the stage that follows, the scale that gives these images' latents unit variance."""
+    device = next(autoencoder.parameters()).device
+    latents = [autoencoder.encode(convert_to_tensor(image)[None].to(device))[0] for image in images]
+    scale = unit_scale(torch.cat(latents))
+    logger.info(f"latents have unit variance with --latent_scale {scale:.3f}")
+    return scale
 
 
 class LatentMomentsd(Transform):

@@ -318,7 +318,9 @@ def test_the_commands_told_work(tmp_path, dense):
     assert all(i.std() > 0 for i in images)
     assert len(list(out.glob("*_mask.png"))) == 2
 
-    # Training starts from just these weights: without a learning rate it ends with them.
+    # Training starts from just these weights: without a learning rate it ends with them. Once will do.
+    if not dense:
+        return
     out = tmp_path / "train"
     still = {"lr": 0.0, "lr_end": 0.0, "num_workers": 0, "epochs": 1, "val_cases": 1, "preview_cases": 1}
     obeyed(commands["Or train"], contexts_file=contexts, output_dir=out, phantom_cases=3, **still)
