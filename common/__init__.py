@@ -20,8 +20,8 @@ In configs it is called ``scripts.common.<room>``. Rooms along the path of the d
 - `execution`: precision, memory format, attention, compilation
 - `training`: EMA, exact resume, progress, previews
 - `checkpoints`, `ldm_layout`: other people's weights into our networks
-- `metrics`, `evaluation`, `mask_metrics`, `mask_evaluation`, `image_evaluation`: how good synthetic images and masks are,
-  in numbers and as a report
+- `metrics`, `evaluation`, `mask_metrics`, `mask_evaluation`, `image_evaluation`: how good synthetic images
+  and masks are, in numbers and as a report
 - `downstream`: whether they help a segmenter
 - `pictures`: slices, montages and GIFs as a radiologist looks at them
 """

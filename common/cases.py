@@ -93,13 +93,14 @@ class CaseSaver:
         extension: file type, one that MONAI has a writer for.
         dtypes: key -> dtype on disk.
         weights: file whose hash the side-car records.
+        files: further ones that shape a sample, e.g. an autoencoder's weights.
         record: key of further facts about a case, in plain JSON, for the side-car.
     """
 
     # What does not shape a sample: places, how many, what is done with it afterwards, and what ``--tracking`` adds.
     PLACES: tuple[str, ...] = ("bundle_root", "output_dir", "weights", "batch_size", "num_samples")
     PLACES += ("dataset_dir", "phantoms", "phantom_cases", "phantom_size", "phantom_seed", "phantom_kind")
-    PLACES += ("cases", "statistics", "count")
+    PLACES += ("cases", "statistics", "count", "autoencoder_weights", "contexts_file")
     AFTERWARDS: tuple[str, ...] = ("_desc_", "run", "handlers")
     AFTERWARDS += ("real", "real_dir", "masks_dir", "load_real", "extractor", "evaluation", "cohorts")
     AFTERWARDS += ("held_out", "held_out_dir", "held_out_phantoms", "held_out_cases", "held_out_seed")
@@ -114,6 +115,7 @@ class CaseSaver:
         dtypes: Mapping[str, str] | None = None,
         weights: str | os.PathLike | None = None,
         record: str | None = None,
+        files: Sequence[str | os.PathLike] = (),
     ) -> None:
         self.output_dir = Path(output_dir)
         self.outputs = dict(outputs)
@@ -121,6 +123,7 @@ class CaseSaver:
         self.dtypes = dict(dtypes or {})
         self.weights = None if weights is None else str(weights)
         self.record = record
+        self.files = list(files)
         self._weights_sha256: str | None = None
         self._config: dict | None = None
 
@@ -146,9 +149,10 @@ class CaseSaver:
         return self._weights_sha256
 
     def fingerprint(self) -> str:
-        """Hash of all that shapes a sample besides the case itself: the config without its places, and the weights."""
+        """Hash of all that shapes a sample besides the case itself: the config without its places, weights, files."""
         recipe = {k: v for k, v in self.config().items() if k not in (*self.PLACES, *self.AFTERWARDS, *self.TRACKING)}
-        return hashlib.sha256(json.dumps([recipe, self.weights_sha256()], sort_keys=True).encode()).hexdigest()
+        made_of = [recipe, self.weights_sha256(), *(sha256(file) for file in self.files)]
+        return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
     def run_file(self) -> Path:
         """Where the executed config is kept."""

@@ -40,7 +40,14 @@ def stages(data: Path, run_bundle: Runner, tmp_path_factory: pytest.TempPathFact
         made[stage] = root / stage
         places = {key: made[name] / "model.pt" for key, name in needs.items()}
         done = run_bundle(
-            NAME, "train", *overlays, "smoke", dataset_dir=data, weights_dtype="float32", output_dir=made[stage], **places
+            NAME,
+            "train",
+            *overlays,
+            "smoke",
+            dataset_dir=data,
+            weights_dtype="float32",
+            output_dir=made[stage],
+            **places,
         )
         assert done.returncode == 0, done.stdout
     return made
@@ -72,7 +79,14 @@ def pairs(stages: dict[str, Path], data: Path, run_bundle: Runner, tmp_path_fact
     folder = tmp_path_factory.mktemp("synthetic")
     places = {"weights": stages["siamese"] / "model.pt", "autoencoder_weights": stages["autoencoder"] / "model.pt"}
     done = run_bundle(
-        NAME, "inference", "smoke", dataset_dir=data / "masks", masks="random", num_samples=2, output_dir=folder, **places
+        NAME,
+        "inference",
+        "smoke",
+        dataset_dir=data / "masks",
+        masks="random",
+        num_samples=2,
+        output_dir=folder,
+        **places,
     )
     assert done.returncode == 0, done.stdout
     return folder
