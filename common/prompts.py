@@ -85,7 +85,7 @@ def list_prompts(
     optional: Sequence[str] = (),
     num_samples: int = 1,
     seed: int = 0,
-    strict: bool = False,
+    strict: bool = True,
 ) -> list[Case]:
     """List cases by an index, or from folders that have none.
 
@@ -96,8 +96,8 @@ def list_prompts(
         optional: as in `read_prompts`.
         num_samples: how many differently seeded samples of every case.
         seed: the run's seed.
-        strict: raise for bad cases of a folder at once, as training must; else they carry an ``error``, which
-            `CaseStream` reports. A bad index is refused in any case.
+        strict: raise for bad cases of a folder at once; else they carry an ``error``, which `CaseStream` reports at its
+            end. A bad index is refused in any case.
 
     Returns:
         cases ``{"name", "mask", "image", "prompt", "seed"}``.
