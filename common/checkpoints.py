@@ -137,10 +137,10 @@ def fill(network: nn.Module, state: Mapping[str, Any], path: str | os.PathLike |
     network.load_state_dict({k: v for k, v in state.items() if _fits(v, target.get(k))}, strict=strict)
 
 
-def filled(network: nn.Module, path: str | os.PathLike | None) -> nn.Module:
-    """The network with the weights of a file, which must fit; without a path as it is."""
-    if path is not None:
-        fill(network, read_weights(path), path)
+def filled(network: nn.Module, path: str | os.PathLike | bool | None) -> nn.Module:
+    """The network with the weights of a file, which must fit; without a path (or False) as it is."""
+    if path:
+        fill(network, read_weights(str(path)), str(path))
     return network
 
 

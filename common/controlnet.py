@@ -200,19 +200,21 @@ class ControlledUNet(nn.Module):
         state = copied_encoder(self.controlnet.state_dict(), self.unet.state_dict())
         self.controlnet.load_state_dict(state)
 
-    def start(self, base: str | os.PathLike | None) -> None:
+    def start(self, base: str | os.PathLike | bool | None) -> None:
         """Fill the network for a training's start.
 
         Args:
             base: weights of the U-Net, whose encoder the ControlNet copies; or of both (Stable Diffusion by way of
-                tools/import_weights.py, an earlier training), which are taken as they are; None leaves the U-Net.
+                tools/import_weights.py, an earlier training), which are taken as they are; None, or False on
+                the command line, leaves the U-Net as it was drawn.
         """
-        state = {} if base is None else read_weights(base)
+        path = str(base) if base else None
+        state = {} if path is None else read_weights(path)
         if any(key.startswith("controlnet.") for key in state):
-            fill(self, state, base)
+            fill(self, state, path)
             return
-        if base is not None:
-            fill(self.unet, state, base)
+        if path is not None:
+            fill(self.unet, state, path)
         self.add_control()
 
     def forward(

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.bundle
 REPO = Path(__file__).resolve().parents[1]
 NAMES = sorted(path.parent.name for path in (REPO / "bundles").glob("*/configs"))
 TINY = {"channels": [8, 8], "attention_levels": [False, True], "norm_num_groups": 4, "image_size": 16}
-TINY |= {"phantom_cases": 3, "phantom_size": 24, "val_cases": 1, "base": None}
+TINY |= {"phantom_cases": 3, "phantom_size": 24, "val_cases": 1, "base": False}
 Runner = Callable[..., object]
 
 
@@ -138,7 +138,8 @@ def test_a_harmed_file_is_noticed(smoke: Smoke, tmp_path: Path) -> None:
     kind = "".join(made[0].suffixes[-2:])
     # A picture's pixels are free, a mask is held to what was asked for, a volume to its grid.
     counted = kind != ".png" or "record" in sidecars(smoke.synthetic)[0]["made_by"]
-    for name, (harm, words) in ((n, h) for n, h in HARM.items() if n.endswith(kind) or "." not in n):
+    possible = [n for n in HARM if n.endswith(kind) or "." not in n]
+    for name, (harm, words) in ((n, HARM[n]) for n in possible if counted or not n.startswith("16 bits")):
         folder = tmp_path / name
         shutil.copytree(smoke.synthetic, folder)
         harm(folder / made[0].name)
