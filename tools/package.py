@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from monai.bundle import ConfigParser
+
 REPO = Path(__file__).resolve().parents[1]
 SKIPPED = {"output", "data", "eval", "mlruns"}
 REQUIRED = ["LICENSE", "docs/data_license.txt", "configs/metadata.json", "models/model.pt"]
@@ -56,9 +58,11 @@ def bake(files: dict[str, bytes], preset: str) -> None:
         foreign = recipes[sibling].keys() - recipes[name].keys()
         files[f"configs/{name}.json"] = _json(recipes[name] | {k: v for k, v in overlay.items() if k not in foreign})
     if "image_size" in overlay:
+        parsed = ConfigParser(_content(files, "configs/inference.json"))
+        size = parsed.get_parsed_content("latent_size" if "latent_size" in parsed else "image_size")
         meta = _content(files, "configs/metadata.json")
         for group, entry in (("inputs", "image"), ("outputs", "pred")):
-            meta["network_data_format"][group][entry]["spatial_shape"] = overlay["image_size"]
+            meta["network_data_format"][group][entry]["spatial_shape"] = list(size)
         files["configs/metadata.json"] = _json(meta)
 
 
