@@ -267,7 +267,7 @@ MUTANTS: dict[str, tuple[verify.Check, Callable[[Path], Any], str]] = {
     "other network": (
         verify.check_shared_ids,
         change(INFER, '"norm_eps": 1e-05', '"norm_eps": 1e-06'),
-        "network_def::norm_eps",
+        "_def::norm_eps",
     ),
     "buried knob": (verify.check_flat_knobs, change(TRAIN, '"lr": "@lr"', '"lr": 0.001'), "top-level knob"),
     "buried epochs": (verify.check_flat_knobs, put("smoke", **{"train::trainer::max_epochs": 2}), "top-level knob"),

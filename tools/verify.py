@@ -439,7 +439,8 @@ def check_weights(bundle: Path) -> list[str]:
             problems.append(f"{path.name} has no provenance card {card.name}")
         elif read(card).get("weights_sha256") != sha256(path):
             problems.append(f"weights_sha256 in {card.name} is not that of {path.name}")
-    return problems or ([] if found else ["no weights in models/"])
+    missing = [] if (bundle / "models" / "model.pt").is_file() else ["no weights models/model.pt"]
+    return missing + problems
 
 
 # ---------------------------------------------------------------------------------------------------------------------
