@@ -12,6 +12,7 @@ In configs it is called ``scripts.common.<room>``. Rooms along the path of the d
 - `conditioning`: how a condition reaches the network
 - `unet`, `controlnet`: the one diffusion U-Net, and the ControlNet that steers it
 - `siamese`: Siamese-Diffusion's two branches and its loss
+- `categorical`: diffusion of labels: scheduler, training, loss, and the loop's state
 - `autoencoder`: latent diffusion's autoencoder and the scaled space of its latents
 - `schedules`, `solvers`: noise schedules and reverse steps
 - `sampler`: the one reverse loop

@@ -23,6 +23,7 @@ from PIL import Image
 from scipy import stats
 
 from common.autoencoder import LatentSpace, LDMAutoencoder
+from common.categorical import CategoricalKLLoss, CategoricalSampler, CategoricalScheduler
 from common.checkpoints import read_knobs, read_weights, translate
 from common.conditioning import ConditionPrepareBatch, CrossAttention, Guided, GuidedContext
 from common.controlnet import DenseHintInput, HintControlNet
@@ -761,3 +762,113 @@ def test_siamese_diffusion_preprocessing(name):
     default = prepared(0, (384, 384))
     assert 3 * default["mask"].sum().item() == data["out384_hint_0_sum"]
     assert default["image"].mean().item() == pytest.approx(float(data["out384_jpg_0_mean"]), abs=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# guidegen
+
+
+def categorical_cases(name: str) -> list[dict[str, Any]]:
+    data = arrays("guidegen", name)
+    return [
+        {k.removeprefix(f"c{n}_"): v for k, v in data.items() if k.startswith(f"c{n}_")}
+        for n in range(int(data["n_cases"]))
+    ]
+
+
+def categorical_scheduler(case: dict[str, Any], stored: bool = True) -> CategoricalScheduler:
+    """The published mode; with its own float32 tables, or with ours."""
+    T, K = int(case["T"]), int(case["K"])
+    if str(case["schedule"]) == "cosine":
+        scheduler = CategoricalScheduler(T, K, "cosine_exact", mode="ccdm_v1")
+    else:
+        scheduler = CategoricalScheduler(T, K, "linear_exact", mode="ccdm_v1", beta_start=0.01, beta_end=0.2)
+    tables = {"betas": "betas", "alphas": "alphas", "alphas_cumprod": "cumalphas"}
+    for ours, theirs in tables.items():
+        table = torch.from_numpy(case[theirs]).double()
+        assert_near(getattr(scheduler, ours), table, 1e-6)
+        if stored:
+            setattr(scheduler, ours, table)
+    if stored:
+        scheduler.betas = 1 - scheduler.alphas
+    return scheduler
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["stored-tables", "our-tables"])
+@pytest.mark.parametrize("name", files_of_set("guidegen", "categorical.npz"))
+def test_guidegen_categorical(name, stored):
+    """Forward process, posterior, its mixture, KL and the published loss."""
+    tolerance = 2e-6 if stored else 5e-4
+    for case in categorical_cases(name):
+        scheduler, t = categorical_scheduler(case, stored), torch.from_numpy(case["t"]) - 1
+        mine = {k: torch.from_numpy(v) for k, v in case.items() if v.dtype.kind in "fu" and v.ndim > 1}
+        x_0, x_t, x_before = (mine[f"{k}_lab"][:, None] for k in ("x0", "xt", "xtm1"))
+        logits = mine["x0_probs"].log()
+        assert_near(scheduler.marginal(x_0, t), mine["q_xt_x0"], tolerance)
+        assert_near(scheduler.marginal(x_before, t, None), mine["q_xt_xtm1"], tolerance)
+        assert_near(scheduler.posterior(x_t, x_0, t).exp(), mine["post"], tolerance)
+        assert_near(scheduler.posterior_mixture(x_t, logits, t).exp(), mine["post_mix"], tolerance)
+        largest = max(1, mine["kl_map"].max().item())
+        assert_near(scheduler.kl(x_0, x_t, logits, t)[:, 0], mine["kl_map"], (2e-6 if stored else 2e-3) * largest)
+        loss = CategoricalKLLoss(scheduler, case["class_weights"].tolist(), reduction="sum")
+        loss({"logits": logits, "x_t": x_t, "timesteps": t}, x_0)
+        for term, theirs in (("kl", "loss_kl"), ("ce", "loss_ce_on_probs")):
+            relative = loss.latest[term].item() / float(case[theirs]) - 1
+            assert abs(relative) <= (1e-5 if stored else 5e-3), (term, relative)
+
+
+def guidegen_mask_network(variant: str, weights: str = "average_model") -> DiffusionUNet:
+    """The published 3-D U-Net of the first stage, without its softmax."""
+    config, found = settings("guidegen", f"{variant}_settings.json"), numbers("guidegen", f"{variant}_ckpt.pt")[weights]
+    widths = [config["base_channels"] * m for m in config["channel_mult"]]
+    attends = [2**level in config["attention_resolutions"] for level in range(len(widths))]
+    network = DiffusionUNet(
+        config["dims"], config["in_channels"], config["num_classes"], channels=widths, attention_levels=attends,
+        num_res_blocks=config["num_res_blocks"], norm_num_groups=config["norm_groups"], norm_eps=config["norm_eps"],
+        num_head_channels=config["num_head_channels"],
+    )  # fmt: skip
+    heads = {c // config["num_head_channels"] for c, there in zip(widths, [*attends[:-1], True], strict=True) if there}
+    assert len(heads) == 1
+    rules = {
+        "constants": UNET["constants"],
+        "rename": [[r"\.proj_out\.", ".attn.out_proj."], *UNET["rename"]],
+        "split": [{"key": ".qkv.", "into": [f".attn.to_{part}." for part in "qkv"], "heads": heads.pop()}],
+        "squeeze": [r".*\.attn\.(to_[qkv]|out_proj)\.weight"],
+    }
+    network.load_state_dict(translate({k: v.float() for k, v in found.items()}, rules, network.state_dict()))
+    return network.eval()
+
+
+@pytest.mark.parametrize("name", files_of_set("guidegen", "stage1*_io.npz"))
+def test_guidegen_mask_chain_and_training_loss(name):
+    """The reverse loop with the recorded uniforms gives the same labels; one training step the same loss."""
+    variant, data = name.removesuffix("_io.npz"), tensors("guidegen", name)
+    if "chain_T" not in data:
+        pytest.skip(f"{name} records no chain")
+    T, K = int(data["chain_T"]), settings("guidegen", f"{variant}_settings.json")["num_classes"]
+    scheduler = CategoricalScheduler(T, K, mode="ccdm_v1")
+    network, states = guidegen_mask_network(variant), []
+    uniforms = [data["chain_xT_lab"].add(0.5) / K, *data["chain_uniforms"]]
+    replay = Replay(torch.special.ndtri(u.double())[:, None].float() for u in uniforms)
+    sampler = CategoricalSampler(scheduler, T, on_step=lambda index, x: states.append(x[:, 0]))
+    image = torch.zeros_like(uniforms[0])[:, None]
+    final = sampler(image, network, noise=replay)
+    assert not replay.draws
+    for state, theirs in zip(states[:-1], data["chain_step_labs"], strict=True):
+        assert torch.equal(state, theirs.float())
+    assert torch.equal(final[:, 0], data["chain_final_lab"].float())
+    scheduler.last_step = "probs"
+    replay = Replay(torch.special.ndtri(u.double())[:, None].float() for u in uniforms)
+    assert_near(sampler(image, network, noise=replay), data["chain_final_probs"], 1e-5)
+
+    scheduler, network = CategoricalScheduler(1000, K, mode="ccdm_v1"), guidegen_mask_network(variant, "model")
+    x_0, x_t = (data[f"train_{k}_lab"][:, None] for k in ("x0", "xt"))
+    planes = torch.cat([scheduler.one_hot(x_t), torch.zeros(x_t.shape)], dim=1)
+    pred = {"logits": network(planes, data["train_t"]), "x_t": x_t, "timesteps": data["train_t"] - 1}
+    loss = CategoricalKLLoss(scheduler, data["train_class_weights"].tolist(), reduction="sum")
+    total = loss(pred, x_0)
+    assert loss.latest["kl"].item() == pytest.approx(data["train_loss_kl"].item(), rel=1e-4)
+    assert loss.latest["ce"].item() == pytest.approx(data["train_loss_ce"].item(), rel=1e-5)
+    total.backward()
+    norm = torch.stack([p.grad.norm() for p in network.parameters()]).norm()
+    assert norm.item() == pytest.approx(data["train_grad_norm"].item(), rel=1e-5)
