@@ -124,7 +124,7 @@ class CaseSaver:
         self.weights = None if weights is None else str(weights)
         self.record = record
         self.files = list(files)
-        self._weights_sha256: str | None = None
+        self._digests: dict[str, str] = {}
         self._config: dict | None = None
 
     def attach(self, engine: Engine) -> None:
@@ -144,14 +144,20 @@ class CaseSaver:
 
     def weights_sha256(self) -> str | None:
         """Hash of the weights file."""
-        if self._weights_sha256 is None and self.weights and Path(self.weights).is_file():
-            self._weights_sha256 = sha256(self.weights)
-        return self._weights_sha256
+        if not self.weights or not (self.weights in self._digests or Path(self.weights).is_file()):
+            return None
+        return self._digest(self.weights)
+
+    def _digest(self, file: str | os.PathLike) -> str:
+        """Hash of a file that stays as it is during a run, and may be large: read once, not once a case."""
+        if str(file) not in self._digests:
+            self._digests[str(file)] = sha256(file)
+        return self._digests[str(file)]
 
     def fingerprint(self) -> str:
         """Hash of all that shapes a sample besides the case itself: the config without its places, weights, files."""
         recipe = {k: v for k, v in self.config().items() if k not in (*self.PLACES, *self.AFTERWARDS, *self.TRACKING)}
-        made_of = [recipe, self.weights_sha256(), *(sha256(file) for file in self.files)]
+        made_of = [recipe, self.weights_sha256(), *map(self._digest, self.files)]
         return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
     def run_file(self) -> Path:

@@ -247,10 +247,8 @@ def _segment(
         seconds = time.perf_counter() - start
         logger.info(f"segmenter of '{arm}', seed {seed}: {epochs} epochs of {len(images)} pairs in {seconds:.1f} s")
         if test:
-            scores = {
-                "dice": float(dice_scores(network, *test).mean()),
-                "iou": float(iou_scores(network, *test).mean()),
-            }
+            dice = dice_scores(network, *test)
+            scores = {"dice": float(dice.mean()), "iou": float(iou_scores(dice).mean())}
             runs.setdefault(arm, []).append({"seed": seed, "folder": folder, "pairs": len(images), **scores})
         return network
 

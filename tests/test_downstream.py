@@ -106,7 +106,7 @@ def test_scores_are_those_of_the_definition():
     images[2] = 1 - images[2]  # the other place
     wide = 2 * images.expand(-1, 3, -1, -1) * torch.tensor([1.0, 0.0, 0.0]).reshape(3, 1, 1)
     assert dice_scores(Red(), wide, masks).tolist() == pytest.approx([1, 2 / 3, 0, 1])  # both empty: 1
-    assert iou_scores(Red(), wide, masks).tolist() == pytest.approx([1, 1 / 2, 0, 1])
+    assert iou_scores(dice_scores(Red(), wide, masks)).tolist() == pytest.approx([1, 1 / 2, 0, 1])
 
 
 def test_many_images_are_scored_as_each_by_itself():
