@@ -5,24 +5,28 @@ In configs it is called ``scripts.common.<room>``. Rooms along the path of the d
 - `io`: case lists, atomic writing
 - `cases`: a stream of cases that survives bad ones, a saver that leaves a side-car with each
 - `prompts`: Siamese-Diffusion's index of masks, images and prompts
-- `text`: a prompt becomes what the network attends to: numbered words, CLIP's tokens, a cache of both
-- `phantoms`, `mask_phantoms`, `endoscopy_phantoms`: procedural bodies, masks and polyps, every bundle's default cohort
+- `reports`: what a radiologist would write, read and written as findings, in English and Chinese
+- `text`: a text becomes what the network attends to: numbered words, a report's findings, CLIP's or BERT's tokens
+- `totalsegmentator`: class tables of TotalSegmentator, and the organs we draw
+- `phantoms`, `abdomen_phantoms`, `mask_phantoms`, `endoscopy_phantoms`: procedural chests, abdomens with reports, masks
+  and polyps, every bundle's default cohort
 - `transforms`: dictionary transforms MONAI lacks
 - `semantics`, `mask_statistics`: size, place and count of what masks show, and models that draw new ones
 - `conditioning`: how a condition reaches the network
-- `unet`, `controlnet`: the one diffusion U-Net, and the ControlNet that steers it
+- `unet`, `controlnet`, `report_unet`: the one diffusion U-Net, the ControlNet that steers it, the one for reports
 - `siamese`: Siamese-Diffusion's two branches and its loss
 - `categorical`: diffusion of labels: scheduler, training, loss, and the loop's state
 - `autoencoder`: latent diffusion's autoencoder and the scaled space of its latents
 - `schedules`, `solvers`: noise schedules and reverse steps
-- `sampler`: the one reverse loop
+- `sampler`: the one reverse loop, and chains of samplers
+- `slices`: a volume slice by slice, each from the one before
 - `mask_sampler`: masks from statistics, a chain for each part
 - `workflow`: the running MONAI workflow seen from inside; refuses unknown knobs
 - `execution`: precision, memory format, attention, compilation
 - `training`: EMA, exact resume, progress, previews
 - `checkpoints`, `ldm_layout`: other people's weights into our networks
-- `metrics`, `evaluation`, `mask_metrics`, `mask_evaluation`, `image_evaluation`: how good synthetic images
-  and masks are, in numbers and as a report
+- `metrics`, `evaluation`, `mask_metrics`, `mask_evaluation`, `image_evaluation`, `anatomy_metrics`,
+  `volume_evaluation`: how good synthetic images, masks and anatomies are, in numbers and as a report
 - `downstream`: whether they help a segmenter
 - `pictures`: slices, montages and GIFs as a radiologist looks at them
 """

@@ -101,10 +101,12 @@ class CaseSaver:
     PLACES: tuple[str, ...] = ("bundle_root", "output_dir", "weights", "batch_size", "num_samples")
     PLACES += ("dataset_dir", "phantoms", "phantom_cases", "phantom_size", "phantom_seed", "phantom_kind")
     PLACES += ("cases", "statistics", "count", "autoencoder_weights", "contexts_file")
+    PLACES += ("reports", "own_masks", "from_masks", "mask_weights", "pair_autoencoder_weights", "further_weights")
     AFTERWARDS: tuple[str, ...] = ("_desc_", "run", "handlers")
     AFTERWARDS += ("real", "real_dir", "masks_dir", "load_real", "extractor", "evaluation", "cohorts")
     AFTERWARDS += ("held_out", "held_out_dir", "held_out_phantoms", "held_out_cases", "held_out_seed")
     AFTERWARDS += ("segment", "segmenter_epochs", "segmenter_seeds")
+    AFTERWARDS += ("real_cases", "real_seed", "real_phantoms", "plane_slices", "organs")
     TRACKING = ("tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0")
 
     def __init__(

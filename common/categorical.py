@@ -8,13 +8,15 @@ GuideGen's first stage. With A_t the share of labels kept, A = A_s, a = A_t / A_
     p(x_s = c | x_t) = sum_d w_d q(c | x_t, d) = G_c (A w_c / S_c + R (1 - A) / K)                 (mixture)
 
 with S_d = A G_d + (1 - A) / K, R = sum_d w_d / S_d and w = softmax(network): K numbers a voxel, where the published
-code makes a table of K x K. All in logarithms. The state is a label map (B, 1, *S).
+code makes a table of K x K. In logarithms where gradients need it; and as G and S take two values each, all classes
+get that of the others, and x_t alone is set right. The state is a label map (B, 1, *S).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -90,10 +92,11 @@ class CategoricalScheduler(ExactScheduler):
 
     def posterior(self, x_t: Tensor, x_0: Tensor, t: Time, s: Earlier = None, dtype: Any = torch.float32) -> Tensor:
         """Log-probabilities (B, K, *S) of q(x_s | x_t, x_0) for label maps (B, 1, *S)."""
-        at = self._logs(t, s, x_t, dtype)
-        first = torch.where(self._hits(x_t), at["g_hit"], at["g"])
-        second = torch.where(self._hits(x_0), at["b_hit"], at["v"])
-        return first + second - torch.where(x_t == x_0, at["s_hit"], at["s"])
+        at, same = self._logs(t, s, x_t, dtype), x_t == x_0
+        whole = torch.where(same, at["s_hit"], at["s"])
+        found = (at["g"] + at["v"] - whole).repeat_interleave(self.num_classes, dim=1)
+        found.scatter_(1, x_t.long(), at["g_hit"] + at["v"] - whole)
+        return found.scatter_(1, x_0.long(), torch.where(same, at["g_hit"], at["g"]) + at["b_hit"] - whole)
 
     def posterior_mixture(self, x_t: Tensor, logits: Tensor, t: Time, s: Earlier = None) -> Tensor:
         """Log-probabilities (B, K, *S) of p(x_s | x_t): the posterior averaged over w = softmax(logits).
@@ -101,17 +104,36 @@ class CategoricalScheduler(ExactScheduler):
         The average is over x_0: the posterior of the averaged x_0 is another thing. At s = -1 it is w.
         """
         log_w = _full(logits).log_softmax(dim=1)
-        at, hits = self._logs(t, s, x_t, log_w.dtype), self._hits(x_t)
-        ratio = log_w - torch.where(hits, at["s_hit"], at["s"])
-        mixed = torch.logaddexp(at["p"] + ratio, at["v"] + ratio.logsumexp(dim=1, keepdim=True))
-        return torch.where(hits, at["g_hit"], at["g"]) + mixed
+        at, here = self._logs(t, s, x_t, log_w.dtype), x_t.long().expand_as(log_w[:, :1])
+        ratio = log_w - at["s"]
+        ratio.scatter_add_(1, here, (at["s"] - at["s_hit"]).expand(here.shape))
+        # p stays apart: late on it is tiny (0 in the published tables), and its logarithm would take the digits.
+        mixed = torch.logaddexp(at["p"] + ratio, at["v"] + ratio.logsumexp(dim=1, keepdim=True)).add_(at["g"])
+        return mixed.scatter_add_(1, here, (at["g_hit"] - at["g"]).expand(here.shape))
+
+    def mixture(self, x_t: Tensor, w: Tensor, t: Time, s: Earlier = None) -> Tensor:
+        """Probabilities (B, K, *S) of p(x_s | x_t), to draw from: `posterior_mixture` of w without logarithms."""
+        at, here = self._terms(t, s), x_t.long()
+        own, own_hit, rest, rest_hit, stay = (
+            unsqueeze_right(rate, w.ndim).to(w)
+            for rate in (
+                at["g"] * at["p"] / at["s"],
+                at["g_hit"] * at["p"] / at["s_hit"],
+                at["g"] * at["v"] / at["s"],
+                at["g"] * at["v"] / at["s_hit"],
+                at["g_hit"] / at["g"],
+            )
+        )
+        w_here = w.gather(1, here)
+        rest = rest * (1 - w_here) + rest_hit * w_here  # G R (1 - A) / K
+        return torch.addcmul(rest, own, w).scatter_(1, here, own_hit * w_here + stay * rest)
 
     def kl(self, x_0: Tensor, x_t: Tensor, logits: Tensor, t: Time, s: Earlier = None) -> Tensor:
         """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) of each voxel (B, 1, *S); at s = -1 it is -log w[x_0]."""
         ours = self.posterior_mixture(x_t, logits, t, s)
         ours = ours.clamp(min=math.log(1e-12)) if self.mode == "ccdm_v1" else ours
-        true = self.posterior(x_t, x_0, t, s, ours.dtype)
-        return torch.where(true.isfinite(), true.exp() * (true - ours), 0).sum(dim=1, keepdim=True)
+        true = self.posterior(x_t, x_0, t, s, ours.dtype).clamp_(min=-1e3)  # of what cannot be: 0 times a finite number
+        return (true.exp() * (true - ours)).sum(dim=1, keepdim=True)
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Choose the descending timesteps T - 1 .. 0 of a run of 1 to T steps."""
@@ -134,10 +156,16 @@ class CategoricalScheduler(ExactScheduler):
         if previous < 0 and self.last_step != "sample":
             return (w if self.last_step == "probs" else w.argmax(dim=1, keepdim=True).to(sample)), w
         stride = None if self.mode == "ccdm_v1" else previous
-        # Inverse CDF: how many classes lie below a uniform share of the whole.
-        cdf = self.posterior_mixture(sample, model_output, here, stride).exp().cumsum(dim=1)
-        share = _uniform(draw(sample.float(), generator)).to(cdf) * cdf[:, -1:]
-        return (cdf < share).sum(dim=1, keepdim=True).to(sample), w
+        # Inverse CDF: how many classes lie below a uniform share of the whole. In place, class by class: at full size
+        # a CPU spends more time on fresh memory than on sums.
+        cdf = self.mixture(sample, w, here, stride).split(1, dim=1)
+        for below, upto in pairwise(cdf):
+            upto += below
+        share = _uniform(draw(sample.float(), generator)).to(w) * cdf[-1]
+        x_prev = torch.zeros_like(sample)
+        for upto in cdf:
+            x_prev += upto < share
+        return x_prev, w
 
     def _hits(self, labels: Tensor) -> Tensor:
         classes = torch.arange(self.num_classes, device=labels.device, dtype=labels.dtype)
@@ -156,11 +184,15 @@ class CategoricalScheduler(ExactScheduler):
         a, lost = (self.alphas[here], self.betas[here]) if s is None else (abar / p, 1 - abar / p)
         return a, lost, p, 1 - p
 
-    def _logs(self, t: Time, s: Earlier, like: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Logarithms of the formulas' constants, each twice where the label at hand makes a difference."""
+    def _terms(self, t: Time, s: Earlier) -> dict[str, Tensor]:
+        """The formulas' constants in float64, twice where the label at hand makes a difference."""
         a, lost, p, lost_s = self._rates(t, s)
         g, v = lost / self.num_classes, lost_s / self.num_classes
-        found = {"g": g, "g_hit": a + g, "v": v, "b_hit": p + v, "p": p, "s": p * g + v, "s_hit": p * (a + g) + v}
+        return {"g": g, "g_hit": a + g, "v": v, "b_hit": p + v, "p": p, "s": p * g + v, "s_hit": p * (a + g) + v}
+
+    def _logs(self, t: Time, s: Earlier, like: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Logarithms of the constants."""
+        found = self._terms(t, s)
         return {k: unsqueeze_right(x.log(), like.ndim).to(like.device, dtype) for k, x in found.items()}
 
 
@@ -207,26 +239,33 @@ class CategoricalKLLoss(nn.Module):
 
     Args:
         scheduler: the noise; its mode "ccdm_v1" makes this the published loss, with ``reduction="sum"``.
-        class_weights: of the true class of a voxel, for the KL; None weighs all alike.
+        class_weights: of the true class of a voxel; None weighs all alike. The published cross-entropy ignores them.
         reduction: over voxels, "mean" or "sum"; over cases always the mean.
+        ce_weight: weight of the cross-entropy of x_0, an auxiliary that says at every time what the bound says late
+            (Austin et al. 2021, 2107.03006, Eq. 5): what trains in minutes.
     """
 
     def __init__(
-        self, scheduler: CategoricalScheduler, class_weights: Sequence[float] | None = None, reduction: str = "mean"
-    ) -> None:
+        self, scheduler: CategoricalScheduler, class_weights: Sequence[float] | None = None, reduction: str = "mean",
+        ce_weight: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         weights = torch.ones(scheduler.num_classes) if class_weights is None else torch.tensor(list(class_weights))
         if len(weights) != scheduler.num_classes or reduction not in ("mean", "sum"):
             got = f"{len(weights)} class_weights for {scheduler.num_classes} classes, reduction {reduction!r}"
             raise ValueError(f"expected one class weight a class and reduction 'mean' or 'sum', got {got}")
-        self.scheduler, self.class_weights, self.reduction = scheduler, weights, reduction
+        self.scheduler, self.class_weights, self.reduction, self.ce_weight = scheduler, weights, reduction, ce_weight
         self.latest: dict[str, Tensor] = {}
 
     def terms(self, pred: Mapping[str, Tensor], target: Tensor) -> dict[str, Tensor]:
         """KL and, where it is asked for, cross-entropy of each case (B,)."""
         logits, labels = _full(pred["logits"]), target[:, 0].long()
         kl = self.scheduler.kl(target, pred["x_t"], logits, pred["timesteps"])[:, 0]
-        found = {"kl": kl * self.class_weights.to(kl)[labels]}
+        weights = self.class_weights.to(kl)
+        found = {"kl": kl * weights[labels]}
+        if self.ce_weight:
+            ce = nn.functional.cross_entropy(logits, labels, weight=weights, reduction="none")
+            found["ce_x_0"] = self.ce_weight * ce
         if self.scheduler.mode == "ccdm_v1":  # probabilities taken for logits: it never falls below ln(1 + (K - 1) / e)
             found["ce"] = nn.functional.cross_entropy(logits.softmax(dim=1), labels, reduction="none")
         return {name: getattr(value.flatten(1), self.reduction)(1) for name, value in found.items()}

@@ -230,7 +230,8 @@ def translate(source: Mapping[str, Any], rules: Mapping[str, Any], target: Mappi
     Args:
         source: state dict of the reference implementation.
         rules: data from ``import_rules.json``, applied in this order. A ``"$..."`` string is an expression that may use
-            ``shape(key, axis)``, ``has(key)``, ``count(regex)`` of the source and the constants before it.
+            ``shape(key, axis)``, ``value(key, index)``, ``has(key)``, ``count(regex)`` of the source and the constants
+            before it.
 
             - ``constants``: ``{name: value}``.
             - ``drop``: ``[regex of a whole key, reason]``.
@@ -359,20 +360,27 @@ def _scope(source: Mapping[str, Any], rules: Mapping[str, Any]) -> dict[str, Any
     def find(key: str) -> str | None:
         return next((k for k in source if k == key or k.endswith(f".{key}")), None)
 
-    def shape(key: str, axis: int) -> int:
+    def tensor(key: str) -> Tensor:
         name = find(key)
         if name is None:
             begin = _some(list(source), 3)
             raise CheckpointError(f"no {key} among the weights, which begin {begin}: another layout or file")
-        return int(source[name].shape[axis])
+        return source[name]
+
+    def shape(key: str, axis: int) -> int:
+        return int(tensor(key).shape[axis])
+
+    def value(key: str, index: int = 0) -> float:
+        return float(f"{tensor(key).flatten()[index].item():.6g}")  # the digits that float32 holds
 
     def count(pattern: str) -> int:
         return sum(bool(re.search(pattern, k)) for k in source)
 
-    functions: dict[str, Callable] = {"shape": shape, "count": count, "has": lambda key: find(key) is not None}
+    functions: dict[str, Callable] = {"shape": shape, "value": value, "count": count}
+    functions["has"] = lambda key: find(key) is not None
     scope: dict[str, Any] = {"__builtins__": {"range": range, "len": len, "max": max, "min": min}, **functions}
-    for name, value in rules.get("constants", {}).items():
-        scope[name] = _evaluate(value, scope)
+    for name, constant in rules.get("constants", {}).items():
+        scope[name] = _evaluate(constant, scope)
     return scope
 
 

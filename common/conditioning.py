@@ -167,7 +167,7 @@ class ConditionPrepareBatch(DiffusionPrepareBatch):
     image.
 
     Args:
-        num_train_timesteps: times are uniform on {first_timestep .. num_train_timesteps - 1}.
+        num_train_timesteps: times are drawn from {first_timestep .. num_train_timesteps - 1}.
         condition_name: key of the condition in the batch, or None.
         first_timestep: lowest time (CMDM's schedule has an entry 0 that is never used).
         scheduler: its ``prediction_type`` (noise, image or velocity) is the target; None means noise.
@@ -176,6 +176,8 @@ class ConditionPrepareBatch(DiffusionPrepareBatch):
         mode: how ``DiffusionInferer`` joins the condition, ``"concat"`` or ``"crossattn"``.
         seed: makes every call draw the same and leaves the global generators alone, so that validation compares epochs
             on equal draws; None draws anew.
+        t_power: times t are drawn in proportion to (t + 1)^t_power; 0 is uniform. GuideGen has 1.5, which hardly ever
+            trains the last steps of sampling.
     """
 
     def __init__(
@@ -189,6 +191,7 @@ class ConditionPrepareBatch(DiffusionPrepareBatch):
         null: float | torch.Tensor = 0.0,
         mode: str = "concat",
         seed: int | None = None,
+        t_power: float = 0.0,
     ) -> None:
         super().__init__(num_train_timesteps, condition_name)
         if mode not in ("concat", "crossattn"):
@@ -201,6 +204,7 @@ class ConditionPrepareBatch(DiffusionPrepareBatch):
         self.null = null
         self.mode = mode
         self.seed = seed
+        self.t_power = t_power
 
     def __call__(
         self,
@@ -230,7 +234,16 @@ class ConditionPrepareBatch(DiffusionPrepareBatch):
 
     def get_timesteps(self, images: torch.Tensor) -> torch.Tensor:
         """A time for each case of the batch."""
-        return torch.randint(self.first_timestep, self.num_train_timesteps, (len(images),), device=images.device)
+        if not self.t_power:
+            return torch.randint(self.first_timestep, self.num_train_timesteps, (len(images),), device=images.device)
+        drawn = self.time_law().multinomial(len(images), replacement=True)
+        return drawn.to(images.device) + self.first_timestep
+
+    def time_law(self) -> torch.Tensor:
+        """Probabilities of the times {first_timestep .. num_train_timesteps - 1}, float64."""
+        steps = torch.arange(self.first_timestep + 1, self.num_train_timesteps + 1, dtype=torch.float64)
+        weights = steps**self.t_power
+        return weights / weights.sum()
 
     def get_target(self, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """What the network is to predict."""

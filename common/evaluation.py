@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import monai
 import numpy as np
 import torch
 import torch.nn.functional as F
+from monai.data import MetaTensor
 from monai.transforms import LoadImage, Orientation
 
 from .io import atomic_path, list_synthetic, write_json
@@ -50,11 +51,11 @@ Loader = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """Case with file paths -> the same case with tensors (C, *S) under "image" and "layout"."""
 
 
-def _load(case: Mapping[str, Any], key: str) -> torch.Tensor:
-    """The case's file, or tensor, as a tensor (1, C, *S) in RAS orientation; errors name the file."""
+def read_volume(case: Mapping[str, Any], key: str) -> MetaTensor:
+    """The case's file, or tensor, as an image (C, *S) in RAS orientation, with its affine; errors name the file."""
     orient = Orientation(axcodes="RAS", labels=None)
     if isinstance(case.get(key), torch.Tensor):
-        return torch.as_tensor(orient(case[key]).numpy(), dtype=torch.float32)[None]
+        return MetaTensor(orient(case[key]))
     if key not in case:
         raise ValueError(f"case {dict(case)} has no '{key}': every case needs file paths under 'image' and 'layout'")
     if not Path(case[key]).is_file():
@@ -62,7 +63,12 @@ def _load(case: Mapping[str, Any], key: str) -> torch.Tensor:
     volume = orient(LoadImage(image_only=True, ensure_channel_first=True)(case[key]))
     if not volume.isfinite().all():
         raise ValueError(f"{key} file holds NaN or infinite values: {case[key]}")
-    return torch.as_tensor(volume.numpy(), dtype=torch.float32)[None]
+    return MetaTensor(volume)
+
+
+def _load(case: Mapping[str, Any], key: str) -> torch.Tensor:
+    """As `read_volume`, plain and as a batch of one (1, C, *S)."""
+    return torch.as_tensor(read_volume(case, key).numpy(), dtype=torch.float32)[None]
 
 
 def extract(extractor: Extractor, image: torch.Tensor) -> torch.Tensor:
@@ -139,8 +145,17 @@ def finite(tree: Any, reasons: dict[str, str], path: str = "") -> Any:
     return tree
 
 
-def cohort_metrics(real: torch.Tensor, synthetic: torch.Tensor, reasons: dict[str, str]) -> dict[str, Any]:
-    """Distances between features (N, F), (M, F); those that too few cases forbid are None, the error their reason."""
+def cohort_metrics(
+    real: torch.Tensor, synthetic: torch.Tensor, reasons: dict[str, str], only: Collection[str] = ()
+) -> dict[str, Any]:
+    """Distances between features (N, F), (M, F); those that too few cases forbid are None, the error their reason.
+
+    Args:
+        real: features.
+        synthetic: likewise.
+        reasons: takes the reasons.
+        only: first names of those wanted, e.g. ``("fid", "kid_mean")``, all by default: some are quadratic in N.
+    """
     metrics: dict[str, Any] = {}
     for keys, compute in (
         (["fid"], lambda: [fid(real, synthetic)]),
@@ -148,6 +163,8 @@ def cohort_metrics(real: torch.Tensor, synthetic: torch.Tensor, reasons: dict[st
         (["mmd"], lambda: [mmd(real, synthetic)]),
         (["density", "coverage"], lambda: density_coverage(real, synthetic)),
     ):
+        if only and keys[0] not in only:
+            continue
         try:
             metrics |= zip(keys, compute(), strict=True)
         except ValueError as error:

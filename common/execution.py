@@ -77,8 +77,10 @@ class FastPath(Inferer):
         if not isinstance(network, nn.Module) or network in self._prepared:
             return
         wrapped = isinstance(network, nn.parallel.DistributedDataParallel)
-        if self.channels_last and inputs.ndim in (4, 5) and not wrapped:
-            layout = torch.channels_last if inputs.ndim == 4 else torch.channels_last_3d
+        # A network of slices may be called with volumes, one of volumes with tokens.
+        dims = getattr(network, "spatial_dims", inputs.ndim - 2)
+        if self.channels_last and dims in (2, 3) and not wrapped:
+            layout = torch.channels_last if dims == 2 else torch.channels_last_3d
             network.to(memory_format=layout)  # type: ignore[call-overload]
         if self.compile:
             network.compile()

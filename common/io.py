@@ -102,6 +102,8 @@ def list_cases(
     folders: Mapping[str, str] | None = None,
     *,
     optional: Sequence[str] = (),
+    texts: Mapping[str, str] | None = None,
+    names: Mapping[str, str] | None = None,
     num_samples: int = 1,
     seed: int = 0,
     strict: bool = True,
@@ -110,10 +112,13 @@ def list_cases(
 
     Args:
         dataset_dir: a folder that holds one folder per key, files paired by name without file type; or a JSON file, a
-            list of ``{key: path}`` (or a dict with such a list under "training", "validation" or "test"), paths
-            relative to the file.
+            list of ``{key: path}`` (or a dict with such a list under "training", "validation" or "test", or a dict
+            ``{name: {key: path}}``), paths relative to the file.
         folders: key -> folder name, e.g. ``{"image": "CT", "layout": "SEG"}``.
         optional: keys that a case, or the whole data set, may lack.
+        texts: key -> folder of ``.txt`` files whose content joins the cases of their names, e.g.
+            ``{"report": "REPORT"}``; in a datalist the key holds the text itself. A case may lack it.
+        names: foreign key of a datalist -> ours, e.g. ``{"ct": "image"}``; of two for one key the first counts.
         num_samples: how many differently seeded samples of every case.
         seed: the run's seed.
         strict: raise for bad cases at once; else they carry an ``error``, which `CaseStream` reports at its end.
@@ -124,13 +129,20 @@ def list_cases(
     folders = dict(folders or {"image": "CT", "layout": "SEG"})
     root = Path(dataset_dir).absolute()  # side-cars shall be valid anywhere
     if root.suffix == ".json":
-        found, errors = _read_datalist(root, folders)
+        found, errors = _read_datalist(root, folders, names or {})
     elif root.is_dir():
         found, errors = _read_folders(root, folders, optional)
     else:
         raise FileNotFoundError(
             f"dataset_dir {root} does not exist: give a folder with {_wanted(folders)} or a .json list"
         )
+    for key, folder in (texts or {}).items() if root.is_dir() else ():
+        for name, case in found.items():
+            try:
+                if (path := root / folder / f"{name}.txt").is_file():
+                    case[key] = read_text(path)
+            except CaseError as error:
+                errors.setdefault(name, str(error))
     for name, case in found.items():
         missing = [k for k in folders if k not in case and k not in optional]
         missing += [f"{k} ({case[k]} is not a file)" for k in folders if k in case and not os.path.isfile(case[k])]
@@ -143,6 +155,14 @@ def list_cases(
         raise CaseError("\n".join(errors.values()))
     listed = [{**found[name], "name": name} for name in sorted(found)]
     return seeded([{**c, "error": errors[c["name"]]} if c["name"] in errors else c for c in listed], num_samples, seed)
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """A text file's content, in UTF-8 with or without its mark."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").strip()
+    except ValueError as error:
+        raise CaseError(f"{path} is not text in UTF-8 ({error}): save it anew in UTF-8") from error
 
 
 def seeded(cases: Sequence[Case], num_samples: int = 1, seed: int = 0) -> list[Case]:
@@ -192,20 +212,25 @@ def _read_folders(root: Path, folders: Mapping[str, str], optional: Sequence[str
     return found, errors
 
 
-def _read_datalist(path: Path, folders: Mapping[str, str]) -> tuple[dict, dict]:
+def _read_datalist(path: Path, folders: Mapping[str, str], names: Mapping[str, str]) -> tuple[dict, dict]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"datalist {path} does not exist") from None
     except ValueError as error:
         raise CaseError(f"datalist {path} is not valid JSON ({error})") from error
+    if isinstance(content, dict) and content and all(isinstance(entry, dict) for entry in content.values()):
+        content = [{"name": name, **entry} for name, entry in content.items()]
     if isinstance(content, dict):
         content = next((content[k] for k in ("training", "validation", "test") if k in content), None)
     if not isinstance(content, list) or not all(isinstance(item, dict) for item in content):
         raise CaseError(f"datalist {path} must be a list of {{{', '.join(folders)}}} objects")
     found: dict[str, Case] = {}
     errors: dict[str, str] = {}
-    for item in content:
+    for entry in content:
+        item = {ours: entry[theirs] for theirs, ours in reversed(list(names.items())) if theirs in entry} | {
+            k: v for k, v in entry.items() if k not in names
+        }
         case = {k: str(path.parent / str(v)) if k in folders else v for k, v in item.items() if v is not None}
         name = str(case.get("name") or next((stem(case[k]) for k in folders if k in case), f"case_{len(found)}"))
         if name != Path(name).name:

@@ -1,8 +1,11 @@
-"""Latent-diffusion names (Stable Diffusion 1.x, ControlNet, Siamese-Diffusion) into ours, as rules for `checkpoints`.
+"""Latent-diffusion names (Stable Diffusion 1.x, ControlNet, Siamese-Diffusion, GuideGen) into ours, for `checkpoints`.
 
 `UNET`, `CONTROLNET` (with the original stem or the dense one) and `AUTOENCODER` are rules for one part in its bare
 names; `parts` cuts a merged checkpoint into them, `by_parts` reads it for a bundle. Levels, blocks and attention are
 read off the weights; the number of heads is not in them (`CONTROLNET` and `UNET` assume 8, Stable Diffusion's).
+
+`PLAIN_UNET` is the same U-Net with plain self-attention, as its ancestor has it (guided-diffusion), and `TEXT_ADAPTER`
+GuideGen's; `by_networks` reads files that hold such networks, each below a prefix of its own.
 """
 
 from __future__ import annotations
@@ -73,19 +76,23 @@ def controlled_from_ldm(content: Mapping[str, Any], target: Mapping[str, Tensor]
     def part(name: str) -> dict[str, Tensor]:
         return {k.removeprefix(f"{name}."): v for k, v in target.items() if k.startswith(f"{name}.")}
 
-    unet = _translated(found, "unet", UNET, part("unet"))
+    unet = _part(found, "unet", UNET, part("unet"))
     if "controlnet" in found:
-        control = _translated(found, "controlnet", CONTROLNET, part("controlnet"))
+        control = _part(found, "controlnet", CONTROLNET, part("controlnet"))
     else:
         control = copied_encoder(part("controlnet"), unet)
     return {**{f"unet.{k}": v for k, v in unet.items()}, **{f"controlnet.{k}": v for k, v in control.items()}}
 
 
-def _translated(found: dict, name: str, rules: dict, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _part(found: dict, name: str, rules: dict, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return _translated(found[name], rules, target, f"{name} ({PREFIXES[name]}*)")
+
+
+def _translated(source: dict, rules: dict, target: Mapping[str, Tensor], label: str) -> dict[str, Tensor]:
     try:
-        return translate(found[name], rules, target)
+        return translate(source, rules, target)
     except CheckpointError as error:
-        raise CheckpointError(f"{name} ({PREFIXES[name]}*): {error}") from error
+        raise CheckpointError(f"{label}: {error}") from error
 
 
 # What a file of this kind has in common with Stable Diffusion 1.x without telling it.
@@ -114,7 +121,7 @@ def by_parts(source: Mapping[str, Any], rules: Mapping[str, Any], given: Mapping
     fill = {"network_def": lambda target: controlled_from_ldm(source, target)}
     dropped, notes = dropped_keys(source, rules), []
     if "autoencoder" in found:
-        fill["autoencoder_def"] = lambda target: _translated(found, "autoencoder", AUTOENCODER, target)
+        fill["autoencoder_def"] = lambda target: _part(found, "autoencoder", AUTOENCODER, target)
         inner = dropped_keys(found["autoencoder"], AUTOENCODER)
         dropped |= {reason: [PREFIXES["autoencoder"] + key for key in keys] for reason, keys in inner.items()}
     else:
@@ -223,11 +230,14 @@ _RENAME = [
     [r"\.out_layers\.0\.", ".norm2."],
     [r"\.out_layers\.3\.", ".conv2.conv."],
     [r"\.skip_connection\.", ".skip_connection.conv."],
-    [r"\.(proj_in|proj_out)\.", ".{_1}.conv."],
+]
+
+_RENAME_TRANSFORMER = [
     [r"\.to_out\.0\.", ".out_proj."],
     [r"\.ff\.net\.0\.proj\.", ".ff.linear1."],
     [r"\.ff\.net\.2\.", ".ff.linear2."],
 ]
+_RENAME_TRANSFORMERS = [[r"\.(proj_in|proj_out)\.", ".{_1}.conv."], *_RENAME_TRANSFORMER]
 
 _KNOBS = {
     "in_channels": "$shape('input_blocks.0.0.weight', 1)",
@@ -245,8 +255,40 @@ _KNOBS = {
 
 UNET: dict[str, Any] = {
     "constants": _CONSTANTS,
-    "rename": _RENAME,
+    "rename": [*_RENAME, *_RENAME_TRANSFORMERS],
     "knobs": {**_KNOBS, "out_channels": "$shape('out.2.weight', 0)"},
+}
+
+# Rows of the plain attention's one projection lie head by head.
+PLAIN_UNET: dict[str, Any] = {
+    "constants": {**_CONSTANTS, "head_channels": 32},
+    "rename": [*_RENAME, [r"\.proj_out\.", ".attn.out_proj."]],
+    "split": [
+        {
+            "key": ".qkv.",
+            "into": [".attn.to_q.", ".attn.to_k.", ".attn.to_v."],
+            "heads": "$max(1, channels // head_channels)",
+        }
+    ],
+    "squeeze": [r".*\.attn\.(to_[qkv]|out_proj)\.weight"],
+    "knobs": {
+        "in_channels": "$shape('input_blocks.0.0.weight', 1)",
+        "out_channels": "$shape('out.2.weight', 0)",
+        "channels": "$C",
+        "num_res_blocks": "$B[0] if min(B) == max(B) else B",
+        "attention_levels": "$[has(f'input_blocks.{s}.1.norm.weight') for s in S]",
+        "num_head_channels": "$[min(c, head_channels) for c in C]",
+        "norm_num_groups": 32,
+        "norm_eps": 1e-5,
+    },
+}
+
+TEXT_ADAPTER: dict[str, Any] = {
+    "rename": [[r"^transformer_blocks\.", "blocks."], *_RENAME_TRANSFORMER],
+    "knobs": {
+        "width": "$shape('transformer_blocks.0.norm1.weight', 0)",
+        "depth": r"$count(r'^transformer_blocks\.\d+\.norm1\.weight$')",
+    },
 }
 
 # The hint: original stem, a sequence of convolutions at every other place, or dense stem (its last convolution at 1).
@@ -275,6 +317,7 @@ CONTROLNET: dict[str, Any] = {
         [r"^zero_convs\.(\d+)\.0\.", "controlnet_down_blocks.{_1}.conv."],
         [r"^middle_block_out\.0\.", "controlnet_mid_block.conv."],
         *_RENAME,
+        *_RENAME_TRANSFORMERS,
     ],
     "knobs": {
         **_KNOBS,
@@ -333,3 +376,122 @@ AUTOENCODER: dict[str, Any] = {
         "norm_num_groups": 32,
     },
 }
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A file of networks, each below a prefix of its own; what is where stands in a bundle's import_rules.json
+
+NETWORKS = {"unet": PLAIN_UNET, "autoencoder": AUTOENCODER}
+
+
+def by_networks(source: Mapping[str, Any], rules: Mapping[str, Any], given: Mapping[str, Any]) -> Foreign:
+    """Read a file of one or more networks; every key belongs to one or is dropped for a reason.
+
+    Args:
+        source: the state dict.
+        rules: of the bundle. ``networks`` maps a name to
+
+            - ``prefix``: of its keys; ``rules``: its kind, a name in `NETWORKS`; ``fills``: component of the config.
+            - ``knobs``: {the bundle's name: the one among the rules' knobs or constants}.
+            - ``missing``: what to tell where the file has none of it; without it that is an error.
+            - ``axes``: of each of our spatial axes its place among theirs; kernels are turned, so that the network
+              is the same function of volumes in our order of axes.
+
+            ``averages`` are the prefixes of weights and of their dotless averages, ``take`` the one asked for (default:
+            the averages, where there are some). ``drop``, ``knobs`` and ``notes`` are for the whole file.
+        given: the user's knobs, which win.
+    """
+    names, dropped, notes = _averaged(source, rules)
+    left = dropped_keys(names, rules)
+    names = {name: key for name, key in names.items() if not any(name in keys for keys in left.values())}
+    dropped |= left
+    found: dict[str, _Network] = {}
+    for name, entry in rules["networks"].items():
+        prefix = entry["prefix"]
+        keys = {k.removeprefix(prefix): names.pop(k) for k in list(names) if k.startswith(prefix)}
+        if keys:
+            found[name] = _Network(name, entry, keys, source, given)
+        elif "missing" in entry:
+            notes.append(entry["missing"])
+        else:
+            raise CheckpointError(f"no {name} ({prefix}*) in the file, which begins {', '.join(list(source)[:3])}")
+    if names:
+        raise CheckpointError(
+            f"{len(names)} keys belong to no network of the bundle ({', '.join(list(names.values())[:5])}); expected "
+            f"{', '.join(entry['prefix'] + '*' for entry in rules['networks'].values())}"
+        )
+    read: dict[str, Any] = {}
+    for network in found.values():
+        read |= network.knobs()
+        dropped |= network.dropped()
+        notes += network.notes(given)
+    return Foreign(
+        knobs={**read, **read_knobs(source, rules, given)},
+        fill={network.entry["fills"]: network.weights for network in found.values()},
+        parts={name: Part(list(network.keys.values()), network.entry["fills"]) for name, network in found.items()},
+        dropped=dropped,
+        notes=(*notes, *rules.get("notes", [])),
+    )
+
+
+class _Network:
+    """One network of a file, by its entry among the ``networks``."""
+
+    def __init__(
+        self, name: str, entry: dict, keys: dict[str, str], source: Mapping[str, Any], given: Mapping[str, Any]
+    ) -> None:
+        self.name, self.entry, self.keys = name, entry, keys
+        self.state = {bare: source[key] for bare, key in keys.items()}
+        shared = NETWORKS[entry["rules"]]
+        self.constants: dict[str, Any] = shared["constants"]
+        wanted = {theirs: given[ours] for ours, theirs in entry["knobs"].items() if ours in given}
+        told = {theirs: value for theirs, value in wanted.items() if theirs in self.constants}
+        self.rules = {**shared, "constants": {**self.constants, **told}}
+
+    def knobs(self) -> dict[str, Any]:
+        """Knobs in the bundle's names."""
+        values = {**self.rules["constants"], **read_knobs(self.state, self.rules)}
+        return {ours: values[theirs] for ours, theirs in self.entry["knobs"].items()}
+
+    def dropped(self) -> dict[str, list[str]]:
+        """Keys in the file that the rules leave out knowingly."""
+        return {why: [self.keys[k] for k in keys] for why, keys in dropped_keys(self.state, self.rules).items()}
+
+    def notes(self, given: Mapping[str, Any]) -> list[str]:
+        """What was assumed."""
+        assumed = {k: v for k, v in self.entry["knobs"].items() if v in self.constants and k not in given}
+        return [
+            f"{self.name}: the weights do not tell --{ours}, {self.constants[theirs]} is taken as published"
+            for ours, theirs in assumed.items()
+        ]
+
+    def weights(self, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """State dict that fills the network as it is built."""
+        state = _translated(self.state, self.rules, target, f"{self.name} ({self.entry['prefix']}*)")
+        axes = self.entry.get("axes", ())
+        order = (0, 1, *(2 + axis for axis in axes))
+        return {k: v.permute(order).contiguous() if axes and v.ndim == len(order) else v for k, v in state.items()}
+
+
+def _averaged(
+    source: Mapping[str, Any], rules: Mapping[str, Any]
+) -> tuple[dict[str, str], dict[str, list[str]], list[str]]:
+    """Choose between weights and their averages -> {name: key in the file}, {reason: keys left out}, notes."""
+    names = {key: key for key in source}
+    if "averages" not in rules:
+        return names, {}, []
+    own, averaged = rules["averages"]
+    weights, averages = ([k for k in source if k.startswith(prefix)] for prefix in (own, averaged))
+    if rules.get("take") == own:
+        reason = "averages of the weights: the weights themselves were asked for"
+        return {k: k for k in source if k not in set(averages)}, {reason: averages}, []
+    if not averages and rules.get("take") != averaged:
+        return names, {}, ["the file has no averages of the weights: the weights themselves are taken"]
+    twins = {k: averaged + k.removeprefix(own).replace(".", "") for k in weights}
+    lost = [k for k, twin in twins.items() if twin not in source]
+    if lost:
+        raise CheckpointError(
+            f"{len(lost)} weights have no average under {averaged} ({', '.join(lost[:5])}): take the weights "
+            f"themselves by --select {own.rstrip('.')}, or the file as it was saved"
+        )
+    names = {k: twins.get(k, k) for k in source if k not in set(twins.values())}
+    return names, {"the weights themselves: their averages are taken": weights}, []

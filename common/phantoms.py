@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,10 +67,15 @@ class Phantom:
 # ---------------------------------------------------------------- shapes: signed distances, roughly in mm
 
 
+def smooth(z: Field, heights: Point, values: Point) -> Field:
+    """Read ``values`` given at ``heights`` at any ``z``, smoothly between the knots."""
+    knots = np.linspace(heights[0], heights[-1], 176)
+    return np.interp(z, knots, PchipInterpolator(heights, values)(knots)).astype(np.float32)
+
+
 def profile(name: str, z: Field) -> Field:
-    """Read a half-axis of the body at height ``z``, smoothly between the knots."""
-    knots = np.linspace(PROFILE_Z[0], PROFILE_Z[-1], 176)
-    return np.interp(z, knots, PchipInterpolator(PROFILE_Z, PROFILES[name])(knots)).astype(np.float32)
+    """Read a half-axis of the body at height ``z``."""
+    return smooth(z, PROFILE_Z, PROFILES[name])
 
 
 def bend(x: Field) -> Field:
@@ -128,31 +133,45 @@ class Canvas:
     Args:
         shape: voxels along R, A, S.
         rng: draws body size, warp and texture.
+        field_of_view: mm along R, A, S.
+        size: scales the body.
     """
 
     WARP = 6.0  # mm, largest displacement
+    TISSUES = TISSUES
 
-    def __init__(self, shape: Sequence[int], rng: np.random.Generator) -> None:
+    def __init__(
+        self, shape: Sequence[int], rng: np.random.Generator, field_of_view: Point = FIELD_OF_VIEW, size: float = 1.0
+    ) -> None:
         self.shape = tuple(int(n) for n in shape)
-        self.spacing = np.array(FIELD_OF_VIEW) / self.shape
-        self.origin = (self.spacing - np.array(FIELD_OF_VIEW)) / 2
-        self.scale = rng.uniform(0.95, 1.02, 3)
+        self.spacing = np.array(field_of_view) / self.shape
+        self.origin = (self.spacing - np.array(field_of_view)) / 2
+        self.scale = size * rng.uniform(0.95, 1.02, 3)
         self.edge = float(np.prod(self.spacing) ** (1 / 3))
         axes = [o + s * np.arange(n) for o, s, n in zip(self.origin, self.spacing, self.shape, strict=True)]
         self.world = [w.astype(np.float32) for w in np.meshgrid(*axes, indexing="ij", sparse=True)]
-        self.grid = [w / s + self._displacement(rng) for w, s in zip(self.world, self.scale, strict=True)]
+        self.waves = [(rng.normal(size=(3, 3)) * 2 * np.pi / 420, rng.uniform(0, 2 * np.pi, 3)) for _ in range(3)]
+        self.grid = [w / s + d for w, s, d in zip(self.world, self.scale, self._displacement(self.world), strict=True)]
         self.texture = smooth_field(self.shape, 6.0 / self.spacing, rng)
         self.image = np.full(self.shape, TISSUES["air"][0], dtype=np.float32)
 
-    def _displacement(self, rng: np.random.Generator) -> Field:
+    def _displacement(self, world: Sequence[Field]) -> list[Field]:
         """Three long random waves along each direction: no two bodies bend alike."""
-        waves = rng.normal(size=(3, 3)) * 2 * np.pi / 420
-        phases = rng.uniform(0, 2 * np.pi, 3)
-        x, y, z = self.world
-        total = sum(np.sin(a * x + b * y + c * z + phase) for (a, b, c), phase in zip(waves, phases, strict=True))
-        return np.asarray(total, dtype=np.float32) * (self.WARP / 3)
+        x, y, z = world
+        moved = []
+        for waves, phases in self.waves:
+            total = sum(np.sin(a * x + b * y + c * z + phase) for (a, b, c), phase in zip(waves, phases, strict=True))
+            moved.append(np.asarray(total, dtype=np.float32) * (self.WARP / 3))
+        return moved
 
-    def box(self, points: Sequence[Point], reach: float) -> tuple[slice, ...]:
+    def to_world(self, point: Point) -> np.ndarray:
+        """Where in the world a point of the grid lies: the warp, undone by iteration."""
+        world = np.asarray(point) * self.scale
+        for _ in range(8):
+            world = (point - np.array(self._displacement(list(world)))) * self.scale
+        return world
+
+    def box(self, points: Sequence[Point] | np.ndarray, reach: float) -> tuple[slice, ...]:
         """Voxels that anything within ``reach`` of ``points`` can touch."""
         corners = np.asarray(points) * self.scale
         reach = 1.05 * reach + 1.1 * self.WARP + self.edge
@@ -162,7 +181,7 @@ class Canvas:
 
     def paint(self, distance: Field, tissue: str, box: tuple[slice, ...] = (), opacity: Field | float = 1.0) -> None:
         """Blend ``tissue`` in where ``distance`` is negative, with a soft edge one voxel wide."""
-        mean, spread = TISSUES[tissue]
+        mean, spread = self.TISSUES[tissue]
         cover = np.clip(0.5 - distance / self.edge, 0, 1) * opacity
         self.image[box] += cover * (mean + spread * self.texture[box] - self.image[box])
 
@@ -497,6 +516,39 @@ def check_cohort(root: Path, settings: dict, note: str) -> int:
     return 0
 
 
+def fill_cohort(
+    directory: str | os.PathLike,
+    num_cases: int,
+    files: Sequence[str],
+    settings: dict[str, Any],
+    generate: Callable[[int, Sequence[Path], str], None],
+) -> None:
+    """Generate the cases that a folder lacks, and stamp the folder once it is whole.
+
+    Args:
+        directory: folder of the cohort, made if missing.
+        num_cases: how many cases there must be at least.
+        files: names of a case's files under the folder, with ``{:04d}`` for the number of the case.
+        settings: ``kind``, ``recipe``, ``seed`` and ``shape``; a folder made with others is refused.
+        generate: called with a case's own seed, the paths of its files and the note for their headers.
+    """
+    root, seed = Path(directory), int(settings["seed"])
+    settings = settings | {"seed": seed, "shape": [int(n) for n in settings["shape"]]}
+    kind, size = settings["kind"], "x".join(map(str, settings["shape"]))
+    note = f"{kind} phantom, recipe {settings['recipe']}, seed {seed}, {size}"
+    made = check_cohort(root, settings, note)
+    cases = [[root / file.format(i) for file in files] for i in range(num_cases)]
+    missing = [i for i, paths in enumerate(cases) if not all(path.exists() for path in paths)]
+    if missing:
+        logger.info("generating %d %s phantom cases of %s voxels in %s", len(missing), kind, size, root)
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+    for i in missing:
+        generate(int(np.random.SeedSequence([seed, i]).generate_state(1)[0]), cases[i], note)
+    if num_cases > made:
+        stamp(root, settings, num_cases)
+
+
 def thorax_cohort(
     directory: str | os.PathLike, num_cases: int, shape: Sequence[int] = (64, 64, 64), seed: int = 0
 ) -> str:
@@ -515,24 +567,14 @@ def thorax_cohort(
     Returns:
         The folder, as a string.
     """
-    root = Path(directory)
-    sizes = [int(n) for n in shape]
-    settings = {"kind": "thorax", "recipe": RECIPE, "seed": int(seed), "shape": sizes}
-    size = "x".join(map(str, sizes))
-    note = f"thorax phantom, recipe {RECIPE}, seed {seed}, {size}"
-    made = check_cohort(root, settings, note)
-    names = [f"thorax_{i:04d}.nii.gz" for i in range(num_cases)]
-    pairs = [(root / "CT" / name, root / "SEG" / name) for name in names]
-    missing = [i for i, (image, layout) in enumerate(pairs) if not (image.exists() and layout.exists())]
 
-    if missing:
-        logger.info("generating %d thorax phantom cases of %s voxels in %s", len(missing), size, root)
-    for folder in ("CT", "SEG"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-    for i in missing:
-        case = thorax(int(np.random.SeedSequence([seed, i]).generate_state(1)[0]), shape)
-        write_nifti(pairs[i][0], case.image, case.affine, note)
-        write_nifti(pairs[i][1], case.layout, case.affine, note)
-    if num_cases > made:
-        stamp(root, settings, num_cases)
+    def generate(number: int, paths: Sequence[Path], note: str) -> None:
+        case = thorax(number, shape)
+        write_nifti(paths[0], case.image, case.affine, note)
+        write_nifti(paths[1], case.layout, case.affine, note)
+
+    files = ("CT/thorax_{:04d}.nii.gz", "SEG/thorax_{:04d}.nii.gz")
+    fill_cohort(
+        directory, num_cases, files, {"kind": "thorax", "recipe": RECIPE, "seed": seed, "shape": shape}, generate
+    )
     return str(directory)

@@ -6,6 +6,7 @@ the left, sagittal slices the front on the left, as on a light box.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from PIL import Image, ImageDraw, ImageOps
 from .io import atomic_path
 
 LUNG_WINDOW = (-1350.0, 150.0)
+COLOURS: tuple[tuple[int, int, int], ...]
 COLOURS = ((66, 135, 245), (255, 80, 60), (60, 200, 120), (250, 190, 40), (190, 90, 220), (60, 210, 220))
+COLOURS += ((245, 150, 190), (150, 110, 60), (170, 200, 60), (240, 240, 120), (255, 255, 255), (205, 205, 170))
 
 
 def plane(
@@ -84,6 +87,15 @@ def montage(rows: Sequence[Sequence[Image.Image]], captions: Sequence[str] = ())
     return sheet
 
 
+def captioned(picture: Image.Image, text: str) -> Image.Image:
+    """A picture with lines of text above it; signs that the built-in font lacks (Chinese) show as boxes."""
+    lines = textwrap.wrap(text, width=max(20, picture.width // 6)) or [""]
+    sheet = ImageOps.expand(picture, (0, 15 * len(lines) + 4, 0, 0))
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(sheet).text((5, 2 + 15 * i), line, fill=(255, 255, 255), font_size=12)
+    return sheet
+
+
 class VolumeSheet:
     """Shows a synthetic volume below the real one, and the layout: three planes of each.
 
@@ -103,6 +115,59 @@ class VolumeSheet:
         rows = [planes(volume, at, window=(-1.0, 1.0)) for volume in (self.real, np.asarray(synthetic)[0, 0])]
         rows.append(planes(self.real, at, window=(-1.0, 1.0), layout=self.layout))
         return montage(rows, ["real", "synthetic", "layout"])
+
+
+def label_plane(
+    layout: np.ndarray, axis: int, index: int, *, spacing: Sequence[float] = (1.0, 1.0, 1.0), height: int = 192
+) -> Image.Image:
+    """One slice of a label map in flat colours, oriented as `plane`; the last label, the body around all, is grey."""
+    last = layout == max(1, layout.max())
+    colours = np.array([(0, 0, 0), *(COLOURS[k % len(COLOURS)] for k in range(int(layout.max())))], dtype=np.uint8)
+    shown = colours[layout.astype(int)]
+    shown[last] = (70, 70, 70)
+    parts = [plane(shown[..., c], axis, index, window=(0, 255), spacing=spacing, height=height) for c in range(3)]
+    return Image.merge("RGB", [part.getchannel(0) for part in parts])
+
+
+class LayoutSheet:
+    """Shows synthetic label volumes below real ones: axial, coronal and sagittal slices through a label.
+
+    Args:
+        real: real label maps (B, 1, X, Y, Z).
+        focus: the label to cut through; a case without it is cut in the middle.
+    """
+
+    def __init__(self, real: Any, focus: int) -> None:
+        self.real = np.asarray(real)[:, 0]
+        self.focus = focus
+
+    def __call__(self, synthetic: Any) -> Image.Image:
+        """Picture of label maps (B, 1, X, Y, Z) or probabilities (B, K, X, Y, Z)."""
+        drawn = np.asarray(synthetic)
+        drawn = drawn[:, 0] if drawn.shape[1] == 1 else drawn.argmax(axis=1)
+        cells = []
+        for real, ours in zip(self.real, drawn, strict=True):
+            at = centre_of(real == self.focus)
+            rows = [[label_plane(shown, axis, at[axis], height=128) for axis in (2, 1, 0)] for shown in (real, ours)]
+            cells.append(montage(rows))
+        return montage([cells[i : i + 2] for i in range(0, len(cells), 2)], ["real above synthetic"])
+
+
+class SliceSheet:
+    """Shows synthetic slices below the real ones.
+
+    Args:
+        real: real axial slices (B, 1, X, Y) in [-1, 1].
+    """
+
+    def __init__(self, real: Any) -> None:
+        self.real = np.asarray(real)
+
+    def __call__(self, synthetic: Any) -> Image.Image:
+        """Picture of synthetic slices (B, 1, X, Y)."""
+        pairs = zip(self.real[:, 0], np.asarray(synthetic)[:, 0], strict=True)
+        cells = [montage([[plane(s[..., None], 2, 0, window=(-1.0, 1.0), height=160)] for s in pair]) for pair in pairs]
+        return montage([cells], ["real above synthetic"])
 
 
 class MaskSheet:

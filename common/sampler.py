@@ -1,4 +1,5 @@
-"""Sampling: the one reverse loop, as a MONAI ``Inferer``, and Lung-DDPM's two ways to keep the surrounding anatomy.
+"""Sampling: the one reverse loop, as a MONAI ``Inferer``, Lung-DDPM's two ways to keep the surrounding anatomy, and
+chains of samplers.
 
 ``DiffusionSampler`` knows a scheduler (MONAI's contract) and a conditioning adapter; subclasses change where the loop
 starts (`initial`) or what happens after a step (`after_step`). Every case draws from its own seed, so its sample does
@@ -216,3 +217,54 @@ class InversionSampler(LayoutGuidedSampler):
         for t in tqdm(self.scheduler.timesteps, desc="inverting", unit="call", disable=self.quiet, leave=False):
             x = self.step(denoise, x, t, noise)
         return x
+
+
+class CascadeSampler(Inferer):
+    """Two samplers in a chain: the second is conditioned on what the first has drawn (GuideGen: labels, then CT).
+
+    A case that brings its own result of the first stage skips that stage.
+
+    Args:
+        first: sampler of the first stage.
+        first_network: its network; the second's is the engine's.
+        second: sampler of the second stage.
+        between: brings what the first draws to the second's grid.
+    """
+
+    def __init__(
+        self,
+        first: Inferer,
+        first_network: Network,
+        second: Inferer,
+        between: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.first = first
+        self.first_network = first_network
+        self.second = second
+        self.between = between
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self,
+        inputs: torch.Tensor,
+        network: Network,
+        *,
+        drawn: torch.Tensor,
+        seeds: Sequence[int] | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return what the second stage drew, then what it was drawn from, (B, C + D, *S).
+
+        Args:
+            inputs: condition of the first stage (B, ...).
+            network: of the second stage.
+            drawn: result of the first stage (B, D, *S) on the second's grid; a case of negative values has none.
+            seeds: one for each case.
+        """
+        drawn = convert_to_tensor(drawn).clone()
+        missing = (drawn.flatten(1) < 0).all(dim=1).nonzero()[:, 0]
+        if len(missing):
+            chosen = None if seeds is None else [int(seeds[row]) for row in missing.tolist()]
+            made = self.first(convert_to_tensor(inputs)[missing], self.first_network, seeds=chosen)
+            drawn[missing] = (made if self.between is None else self.between(made)).to(drawn)
+        return torch.cat([self.second(drawn, network, seeds=seeds), drawn], dim=1)

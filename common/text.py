@@ -1,8 +1,9 @@
 """Text: a prompt becomes what a network attends to.
 
-`HashedWords` needs nothing but the prompt: it numbers the words, and the network learns what they mean. `CLIPText` is
-the frozen encoder of Stable Diffusion 1.5, on which Siamese-Diffusion stands. `CachedText` encodes each text once, and
-`Contextd` brings the result into a case.
+`HashedWords` needs nothing but the prompt: it numbers the words, and the network learns what they mean.
+`AttributeEncoder` turns what a report says into tokens. `CLIPText` is the frozen encoder of Stable Diffusion 1.5, on
+which Siamese-Diffusion stands, `BERTText` one as GuideGen has it. `CachedText` encodes each text once, and `Contextd`
+brings the result into a case.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import pickle
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ from monai.transforms import Transform
 from torch import Tensor
 
 from .io import CaseError, atomic_path
+from .reports import ORGANS, READING, SITES, Attributes, Finding, parse_report
 
 logger = logging.getLogger(__name__)
+
+FIXED = 24  # numbers of a token of `AttributeEncoder` before its signs
 
 
 class HashedWords:
@@ -65,17 +69,79 @@ class HashedWords:
         return 1 + int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big") % (self.num_words - 1)
 
 
-class CLIPText:
-    """Tokens of a frozen CLIP text encoder: its last hidden state, normed, as Stable Diffusion 1.5 reads it.
+class AttributeEncoder:
+    """What a report says as tokens: one for each finding, one for sex and age. Neither wording nor order matters.
+
+    Denials of a tumour in parts of the bowel are one denial of all, and say nothing beside a tumour that is there.
+
+    Needs no weights: what is hashed is equal on every machine, and any noun has its own code. The empty report is all
+    0, and so is each row that no finding fills. A token is, from its first number on:
+
+    - 1 for a finding, 1 for the person
+    - 4 for the state, one-hot: present, absent, enlarged, small
+    - 1 where a size is given, and 8 that fill up with it, one after the other, from 0 to 10 cm
+    - 2 for the sex, one-hot: male, female
+    - 1 where an age is given, and 6 that fill up with it, from 0 to 90 years
+    - of the rest one half each: signs (+1, -1) of ``what``, and of ``where``; no place is all 0
+
+    Args:
+        length: tokens, L. Findings of organs and tumours come first, should there be more.
+        width: numbers of a token, D; more let fewer nouns resemble each other.
+    """
+
+    def __init__(self, length: int = 16, width: int = 64) -> None:
+        if length < 1 or width < FIXED + 16:
+            raise ValueError(f"length {length} and width {width} leave no room: give at least 1 and {FIXED + 16}")
+        self.length = length
+        self.width = width
+        self.description = f"AttributeEncoder(length={length}, width={width}, reading={READING})"
+        self.told: set[str] = set()
+
+    def __call__(self, text: str) -> Tensor:
+        """Encode a report: (L, D) float32."""
+        attributes = parse_report(text)
+        findings = sorted(_denials_as_one(attributes.findings), key=_rank)
+        known = bool(attributes.sex) or attributes.age is not None
+        tokens = [self.person(attributes)] * known + [self.finding(finding) for finding in findings]
+        if lost := findings[max(0, self.length - known) :]:
+            warn_cut(text, f"{self.length} tokens", "; ".join(f"{f.what} {f.state}" for f in lost), self.told)
+        return torch.stack(tokens[: self.length] + [torch.zeros(self.width)] * (self.length - len(tokens)))
+
+    def person(self, attributes: Attributes) -> Tensor:
+        """Token of sex and age: (D,)."""
+        sex = [float(attributes.sex == name) for name in ("male", "female")]
+        age = [0.0] * 7 if attributes.age is None else [1.0, *_filled(attributes.age, 6, 90)]
+        return self.padded([0.0, 1.0, *[0.0] * 13, *sex, *age])
+
+    def finding(self, finding: Finding) -> Tensor:
+        """Token of a finding: (D,)."""
+        state = [float(finding.state == name) for name in ("present", "absent", "enlarged", "small")]
+        size = [0.0] * 9 if finding.size_cm is None else [1.0, *_filled(finding.size_cm, 8, 10)]
+        half = (self.width - FIXED) // 2
+        return self.padded(
+            [1.0, 0.0, *state, *size, *[0.0] * 9, *_signs(finding.what, half), *_signs(finding.where, half)]
+        )
+
+    def padded(self, numbers: list[float]) -> Tensor:
+        """Fill up with 0 to the width: (D,)."""
+        return torch.tensor(numbers + [0.0] * (self.width - len(numbers)))
+
+
+class PretrainedText:
+    """Tokens of a frozen text encoder of the package transformers: its last hidden state.
 
     Nothing is loaded before the first text, so behind a `CachedText` that holds all prompts no encoder is needed.
 
     Args:
-        model: folder of the encoder or of a whole Stable Diffusion in diffusers' layout, or an id on the Hugging Face
-            hub; Stable Diffusion 1.5 has ``openai/clip-vit-large-patch14``. Caches know the encoder by this name.
+        model: a folder, also of a whole pipeline in diffusers' layout, or an id on the Hugging Face hub. Caches know
+            the encoder by this name.
         device: where the encoder runs; its tokens come back to the CPU.
-        length: tokens of a prompt with its start, end and padding, L; None takes all that the encoder has (77).
+        length: tokens of a prompt with its start, end and padding, L; None takes all that the encoder has.
     """
+
+    tokenizer: str  # names of classes in transformers
+    network: str
+    padding: str | bool  # whether the network sees the padding; else rows of padding are 0
 
     def __init__(self, model: str, device: str | torch.device = "cpu", length: int | None = None) -> None:
         if length is not None and length < 3:
@@ -83,13 +149,13 @@ class CLIPText:
         self.model = model
         self.device = device
         self.length = length
-        self.description = f"CLIPText(model={model!r}, length={length})"
+        self.description = f"{type(self).__name__}(model={model!r}, length={length})"
         self.told: set[str] = set()
 
     @functools.cached_property
     def loaded(self) -> tuple[Any, Any]:
         """Tokenizer and network."""
-        tokenizer, network = load_encoder(self.model, "CLIPTokenizer", "CLIPTextModel", self.device)
+        tokenizer, network = load_encoder(self.model, self.tokenizer, self.network, self.device)
         if self.length is not None and self.length > network.config.max_position_embeddings:
             most = network.config.max_position_embeddings
             raise ValueError(
@@ -102,13 +168,45 @@ class CLIPText:
         """Encode a prompt: (L, D) float32 on the CPU."""
         tokenizer, network = self.loaded
         length = self.length or network.config.max_position_embeddings
-        shape: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": length}
-        tokens = tokenizer(text, **shape, return_overflowing_tokens=True, return_tensors="pt")["input_ids"]
+        shape: dict[str, Any] = {"padding": self.padding, "truncation": True, "max_length": length}
+        tokens = tokenizer([text], **shape, return_overflowing_tokens=True)["input_ids"]
         if len(tokens) > 1:
             lost = " ".join(tokenizer.batch_decode(tokens[1:], skip_special_tokens=True))
             warn_cut(text, f"{length} tokens", lost, self.told)
-        # No attention mask: Stable Diffusion's padding is attended to, and has been trained so.
-        return network(tokens[:1].to(self.device)).last_hidden_state[0].cpu()
+        # No attention mask: a network that shall not see the padding gets none.
+        hidden = network(torch.tensor(tokens[:1], device=self.device)).last_hidden_state[0].cpu()
+        return torch.nn.functional.pad(hidden, (0, 0, 0, length - len(hidden)))
+
+
+class CLIPText(PretrainedText):
+    """Tokens of a frozen CLIP text encoder: its last hidden state, normed, as Stable Diffusion 1.5 reads it.
+
+    Stable Diffusion's padding is attended to, and has been trained so: its rows are tokens as all others.
+
+    Args:
+        model: folder of the encoder or of a whole Stable Diffusion in diffusers' layout, or an id on the Hugging Face
+            hub; Stable Diffusion 1.5 has ``openai/clip-vit-large-patch14``. Caches know the encoder by this name.
+        device: where the encoder runs; its tokens come back to the CPU.
+        length: tokens of a prompt with its start, end and padding, L; None takes all that the encoder has (77).
+    """
+
+    tokenizer, network, padding = "CLIPTokenizer", "CLIPTextModel", "max_length"
+
+
+class BERTText(PretrainedText):
+    """Tokens of a frozen encoder of the family of BERT and ERNIE. Rows behind the last token are 0: they say nothing.
+
+    Args:
+        model: a folder, or an id on the Hugging Face hub. GuideGen's encoder reads Chinese reports; its public
+            equivalent is ``nghuyong/ernie-health-zh``, 512 tokens of 768. Caches know the encoder by this name.
+        device: where the encoder runs; its tokens come back to the CPU.
+        length: tokens of a report with its start and end, L; None takes all that the encoder has.
+    """
+
+    tokenizer, network, padding = "AutoTokenizer", "AutoModel", False
+
+    def __init__(self, model: str, device: str | torch.device = "cpu", length: int | None = 512) -> None:
+        super().__init__(model, device, length)
 
 
 class CachedText:
@@ -204,12 +302,15 @@ def load_encoder(model: str, tokenizer: str, network: str, device: str | torch.d
     try:
         # The network first: without a connection the hub gives up on it after seconds, on a tokenizer after minutes.
         safely: dict[str, Any] = {"dtype": torch.float32, "weights_only": True, "ignore_mismatched_sizes": True}
-        encoder, report = kinds[0].from_pretrained(parts[0], **safely, output_loading_info=True)
+        with torch.random.fork_rng(devices=[]):  # weights left out are drawn
+            encoder, report = kinds[0].from_pretrained(parts[0], **safely, output_loading_info=True)
         words = kinds[1].from_pretrained(parts[1])
-        if wrong := [*report["missing_keys"], *report["mismatched_keys"], *report["error_msgs"]]:
+        # A BERT trained on gaps alone has no pooler, and the last hidden state does not pass it.
+        missing = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
+        if wrong := [*missing, *report["mismatched_keys"], *report["error_msgs"]]:
             raise ValueError(f"{len(wrong)} weights are missing or of another shape, {wrong[0]}")
-        # Without its files a tokenizer loads, too, and knows no word.
-        if len(words) != encoder.config.vocab_size:
+        # Without its files a tokenizer loads, too, and knows no word. Some networks have a few rows to spare.
+        if not 0.9 * encoder.config.vocab_size <= len(words) <= encoder.config.vocab_size:
             raise ValueError(f"the tokenizer has {len(words)} words, the network {encoder.config.vocab_size}")
     except Exception as error:  # transformers and its libraries raise any kind, even Exception itself
         raise ValueError(
@@ -253,6 +354,32 @@ def warn_cut(text: str, limit: str, lost: str, told: set[str]) -> None:
     if text not in told:
         told.add(text)
         logger.warning(f"prompt {text!r:.80} has more than {limit}, cut off: {lost!r:.80}")
+
+
+def _rank(finding: Finding) -> tuple:
+    known = finding.what in ORGANS or finding.what == "tumour"
+    return not known, finding.what, finding.where, finding.state, finding.size_cm or 0
+
+
+def _denials_as_one(findings: Sequence[Finding]) -> list[Finding]:
+    """Findings in which a tumour of the bowel is absent once or not at all."""
+    bowel = ("", "colon", *SITES)
+    kept = [f for f in findings if not (f.what == "tumour" and f.state == "absent" and f.where in bowel)]
+    if len(kept) < len(findings) and not any(f.what == "tumour" and f.state != "absent" for f in kept):
+        kept.append(Finding("tumour", "absent"))
+    return kept
+
+
+def _signs(word: str, count: int) -> list[float]:
+    """Code of a word: +1 and -1, equal on every machine; of no word 0."""
+    blocks = (hashlib.sha256(f"{block}/{word}".encode()).digest() for block in range(count // 256 + 1))
+    bits = "".join(f"{byte:08b}" for byte in b"".join(blocks))
+    return [float(2 * int(bit) - 1) if word else 0.0 for bit in bits[:count]]
+
+
+def _filled(value: float, count: int, most: float) -> list[float]:
+    """A number as a row of vessels that fill up one after the other: smooth, and near numbers are alike."""
+    return [min(max(value / most * count - i, 0.0), 1.0) for i in range(count)]
 
 
 def _reason(error: Exception) -> str:

@@ -82,13 +82,17 @@ class WeightEMA:
         decay: weight of the past.
         every: steps between updates.
         start: steps before which the average is a plain copy.
+        warmup: let the past weigh min(decay, (1 + n) / (10 + n)) at the n-th update, as latent diffusion does.
     """
 
-    def __init__(self, network: nn.Module, decay: float = 0.995, every: int = 1, start: int = 0) -> None:
+    def __init__(
+        self, network: nn.Module, decay: float = 0.995, every: int = 1, start: int = 0, warmup: bool = False
+    ) -> None:
         self.network = network
         self.decay = decay
         self.every = every
         self.start = start
+        self.warmup = warmup
         self.module = deepcopy(unwrapped(network)).eval().requires_grad_(False)
 
     def attach(self, engine: Engine) -> None:
@@ -101,10 +105,15 @@ class WeightEMA:
         source = unwrapped(self.network)
         averaged: list[torch.Tensor] = list(self.module.parameters())
         current: list[torch.Tensor] = list(source.parameters())
-        weight = 1.0 if engine.state.iteration < self.start else 1.0 - self.decay
+        weight = 1.0 if engine.state.iteration < self.start else 1.0 - self.decay_at(engine.state.iteration)
         torch._foreach_lerp_(averaged, current, weight)
         for mine, theirs in zip(self.module.buffers(), source.buffers(), strict=True):
             mine.copy_(theirs)
+
+    def decay_at(self, iteration: int) -> float:
+        """Weight of the past at a step: a function of the step alone, so that a resumed run goes on as it was."""
+        updates = iteration // self.every
+        return min(self.decay, (1 + updates) / (10 + updates)) if self.warmup else self.decay
 
 
 class TrainingState:

@@ -338,6 +338,48 @@ class FillMissingImaged(Transform):
         return data
 
 
+class FillMissingLayoutd(Transform):
+    """Puts an empty frame in the place of a missing label map: all -1, which stands for "still to be drawn".
+
+    Args:
+        key: label map (1, *S), kept if there.
+        size: voxels of the frame along R, A, S.
+        field_of_view: what it covers in mm, centred on the world's origin.
+    """
+
+    def __init__(self, key: str, size: Sequence[int], field_of_view: Sequence[float]) -> None:
+        self.key = key
+        self.size = tuple(size)
+        self.spacing = np.array(field_of_view, dtype=float) / self.size
+        self.origin = (self.spacing - np.array(field_of_view)) / 2
+
+    def __call__(self, data: Data) -> dict:
+        """Fill."""
+        if self.key in data:
+            return dict(data)
+        affine = np.diag([*self.spacing, 1.0])
+        affine[:-1, -1] = self.origin
+        return {**data, self.key: MetaTensor(torch.full((1, *self.size), -1.0), affine=torch.from_numpy(affine))}
+
+
+class KeepGivend(Transform):
+    """What a case brought stays as it was; what it lacked (`FillMissingLayoutd`) is what was drawn.
+
+    Args:
+        key: what was drawn.
+        given: what the case brought, negative where it brought nothing; on the same grid.
+    """
+
+    def __init__(self, key: str, given: str) -> None:
+        self.key = key
+        self.given = given
+
+    def __call__(self, data: Data) -> dict:
+        """Choose for the whole case."""
+        given = data[self.given]
+        return dict(data) if (given < 0).any() else {**data, self.key: _like(given, data[self.key])}
+
+
 class LayoutToConditiond(Transform):
     """Label map -> one channel for each foreground class, -1 outside and 1 inside.
 

@@ -15,6 +15,7 @@ import torch
 from monai.networks.blocks import SpatialAttentionBlock, Upsample
 from monai.networks.nets import DiffusionModelUNet
 from monai.networks.nets.diffusion_model_unet import SpatialTransformer
+from monai.networks.utils import pixelshuffle, pixelunshuffle
 from torch import nn
 from torch.func import functional_call
 
@@ -112,6 +113,8 @@ class DiffusionUNet(DiffusionEncoder, DiffusionModelUNet):
             elsewhere); None takes ``norm_eps``.
         num_words: size of a learned table of tokens; a ``context`` of whole numbers (B, L) is looked up in it. It needs
             ``cross_attention_dim``, the tokens' width.
+        patch_size: voxels on a side that are folded into channels at the door and unfolded at the end: a fine grid at
+            the cost of a coarse one, for what varies little within a patch, as labels do.
         kwargs: arguments of ``DiffusionModelUNet``.
     """
 
@@ -126,9 +129,13 @@ class DiffusionUNet(DiffusionEncoder, DiffusionModelUNet):
         zero_init_attention: bool = True,
         transformer_norm_eps: float | None = None,
         num_words: int | None = None,
+        patch_size: int = 1,
         **kwargs: Any,
     ) -> None:
-        super().__init__(spatial_dims, in_channels, out_channels, **kwargs)
+        folded = patch_size**spatial_dims
+        super().__init__(spatial_dims, folded * in_channels, folded * out_channels, **kwargs)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.patch_size = patch_size
         set_transformer_norm_eps(self, transformer_norm_eps)
         self.spatial_dims = spatial_dims
         self.cross_attention_dim: int | None = kwargs.get("cross_attention_dim")
@@ -170,13 +177,16 @@ class DiffusionUNet(DiffusionEncoder, DiffusionModelUNet):
             prediction (B, out_channels, *S).
         """
         context = self.tokens(context)
+        if self.patch_size > 1:
+            x = pixelunshuffle(x, self.spatial_dims, self.patch_size)
         emb = self.embed(x, timesteps, class_labels)
         h, skips = self.encode(x, emb, context)
         if down_block_additional_residuals is not None:
             skips = [s + r for s, r in zip(skips, down_block_additional_residuals, strict=True)]
         if mid_block_additional_residual is not None:
             h = h + mid_block_additional_residual
-        return self.decode(h, skips, emb, context)
+        pred = self.decode(h, skips, emb, context)
+        return pred if self.patch_size == 1 else pixelshuffle(pred, self.spatial_dims, self.patch_size)
 
     def tokens(self, context: torch.Tensor | None) -> torch.Tensor | None:
         """Tokens of a context: those of the words it names, or the context itself."""

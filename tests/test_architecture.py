@@ -20,11 +20,12 @@ BUNDLES = sorted(path.parent for path in (REPO / "bundles").glob("*/configs"))
 COMMON = sorted((REPO / "common").glob("*.py"))
 SOURCES = [*COMMON, *sorted((REPO / "tools").glob("*.py")), *sorted((REPO / "bundles").glob("*/scripts/*.py"))]
 
-LEAVES = {"schedules", "solvers", "semantics", "transforms", "totalsegmentator", "text", "io", "checkpoints"}
+LEAVES = {"schedules", "solvers", "semantics", "transforms", "totalsegmentator", "reports", "io", "checkpoints"}
 LEAVES |= {"metrics", "phantoms", "mask_phantoms", "prompts", "execution", "pictures", "workflow"}
 ROOMS = {"unet", "sampler", "conditioning", "siamese", "categorical", "training", "cases"}
 ROOMS |= {"evaluation", "mask_evaluation", "mask_metrics", "mask_sampler", "mask_statistics"}
 ROOMS |= {"autoencoder", "controlnet", "ldm_layout", "endoscopy_phantoms", "downstream", "image_evaluation"}
+ROOMS |= {"text", "report_unet", "slices", "abdomen_phantoms", "anatomy_metrics", "volume_evaluation"}
 FOR_ALL = {"io", "schedules"}
 
 

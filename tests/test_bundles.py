@@ -172,9 +172,8 @@ def test_synthesis_from_the_bundle_folder_is_the_same(smoke: Smoke, run_bundle: 
 def test_training_from_the_bundle_folder_with_knobs(smoke: Smoke, run_bundle: Runner, tmp_path: Path) -> None:
     bundle = smoke.bundle
     known = verify.read(bundle / "configs" / "train.json")
-    dims = len(known["image_size"])
     knobs = {key: value for key, value in TINY.items() if key in known}
-    knobs |= {k: [v] * dims for k, v in knobs.items() if isinstance(known[k], list) and isinstance(v, int)}
+    knobs |= {k: [v] * len(known[k]) for k, v in knobs.items() if isinstance(known[k], list) and isinstance(v, int)}
     done = run_bundle(smoke.name, "train", cwd=bundle, epochs=1, output_dir=tmp_path, **knobs)
     assert done.returncode == 0, done.stdout
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] == 1

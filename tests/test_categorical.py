@@ -204,6 +204,42 @@ def test_the_published_loss_has_a_floor():
     assert CategoricalKLLoss(scheduler)(pred, x_0).item() == pytest.approx(math.log(1 + 3 / math.e), abs=1e-5)
 
 
+def test_the_auxiliary_is_the_cross_entropy_of_x_0_weighed_as_the_bound_is():
+    scheduler, t, x_0, x_t = kl_cases()
+    pred = {"logits": random_logits(4, 4, 3, 3), "x_t": x_t, "timesteps": t}
+    weights = [1.0, 0.0, 2.0, 3.0]
+    ce = torch.nn.functional.cross_entropy(pred["logits"], x_0[:, 0], reduction="none")
+    due = (ce * torch.tensor(weights)[x_0[:, 0]]).mean()
+    plain, loss = CategoricalKLLoss(scheduler, weights), CategoricalKLLoss(scheduler, weights, ce_weight=0.3)
+    torch.testing.assert_close(loss(pred, x_0), plain(pred, x_0) + 0.3 * due)
+    assert loss.latest.keys() == {"kl", "ce_x_0"}
+    torch.testing.assert_close(loss.latest["ce_x_0"], 0.3 * due)
+    summed = CategoricalKLLoss(scheduler, weights, "sum", ce_weight=0.3)(pred, x_0)
+    torch.testing.assert_close(summed, x_0[0].numel() * loss(pred, x_0))
+    assert torch.equal(CategoricalKLLoss(scheduler, weights, ce_weight=0.0)(pred, x_0), plain(pred, x_0))
+
+
+def test_at_the_first_time_the_bound_is_the_auxiliary_and_neither_has_a_floor():
+    scheduler, _, x_0, x_t = kl_cases()
+    first, loss = torch.zeros(4, dtype=torch.long), CategoricalKLLoss(scheduler, ce_weight=1.0)
+    loss({"logits": random_logits(4, 4, 3, 3), "x_t": x_t, "timesteps": first}, x_0)
+    torch.testing.assert_close(loss.latest["kl"], loss.latest["ce_x_0"])
+    sure = {"logits": 80 * (scheduler.one_hot(x_0) - 0.5), "x_t": x_t, "timesteps": first}
+    assert loss(sure, x_0) <= 1e-6
+
+
+def test_the_auxiliary_says_late_what_the_bound_no_longer_says():
+    """Near T the bound's gradient fades, for x_t tells little; the cross-entropy's stays."""
+    scheduler, _, x_0, x_t = kl_cases()
+    last, sizes = torch.full((4,), scheduler.num_train_timesteps - 1), []
+    for weight in (0.0, 1.0):
+        logits = random_logits(4, 4, 3, 3).requires_grad_()
+        loss = CategoricalKLLoss(scheduler, ce_weight=weight)
+        loss({"logits": logits, "x_t": x_t, "timesteps": last}, x_0).backward()
+        sizes.append(logits.grad.abs().mean())
+    assert sizes[1] > 5 * sizes[0]
+
+
 # -- draws -------------------------------------------------------------------------------------------------------------
 
 
@@ -282,6 +318,20 @@ def test_the_one_reverse_loop_makes_label_maps(steps, space):
     assert (sample[:, :, :3] == 0).all()
     assert (sample[:, :, 3:] == 2).all()
     assert isinstance(sampler, DiffusionSampler)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+@pytest.mark.parametrize("last_step", ["argmax", "sample", "probs"])
+def test_who_knows_the_labels_draws_them_in_any_number_of_steps(steps, last_step):
+    """The truth comes as the condition: logits of certainty, whatever the noisy labels show."""
+    scheduler = scheduler_of(50, 5, last_step=last_step)
+    truth = torch.randint(0, 5, (3, 1, 6, 5, 4), generator=torch.Generator().manual_seed(0)).float()
+    run = CategoricalSampler(scheduler, steps)
+    sample = run(scheduler.one_hot(truth), lambda x, t: 60 * x[:, 5:], seeds=[1, 2, 3])
+    if last_step == "probs":
+        torch.testing.assert_close(sample, scheduler.one_hot(truth))
+        sample = sample.argmax(dim=1, keepdim=True)
+    assert torch.equal(sample.float(), truth)
 
 
 def test_the_loop_shows_planes_and_times_and_draws_case_by_case():

@@ -119,6 +119,26 @@ def test_noise_is_the_target_and_times_cover_the_schedule():
     assert torch.equal(infer["condition"], data["condition"].as_tensor())
 
 
+@pytest.mark.parametrize("first", [0, 3])
+def test_times_may_be_drawn_by_a_power_law(first):
+    prepare, n = ConditionPrepareBatch(12, first_timestep=first, t_power=1.5), 20000
+    torch.manual_seed(0)
+    drawn = prepare.get_timesteps(torch.zeros(n, 1))
+    law = prepare.time_law()
+    weights = torch.arange(first, 12).add(1).double() ** 1.5
+    assert torch.equal(law, weights / weights.sum())
+    counts = torch.bincount(drawn, minlength=12)[first:].double()
+    assert counts.sum() == n
+    # Chi-squared: its mean is the degrees of freedom, 11 or 8.
+    assert ((counts - n * law) ** 2 / (n * law)).sum() < 30
+    assert prepare(batch())[3]["timesteps"].dtype == torch.long
+
+
+def test_a_power_of_zero_draws_as_ever():
+    ours, usual = (ConditionPrepareBatch(10, seed=1, **k)(batch())[3]["timesteps"] for k in ({"t_power": 0.0}, {}))
+    assert torch.equal(ours, usual)
+
+
 def test_metatensors_go_in_and_plain_tensors_come_out():
     image, target, _, infer = ConditionPrepareBatch(10, drop=0.5)(batch())
     assert all(type(t) is torch.Tensor for t in (image, target, *(v for k, v in infer.items() if k != "mode")))

@@ -167,3 +167,54 @@ def test_a_distributed_network_gets_the_gradients_of_a_plain_one(tmp_path, layou
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
     finally:
         dist.destroy_process_group()
+
+
+class Slices(SimpleInferer):
+    """Runs a network of slices over volumes."""
+
+    def __call__(self, inputs, network, *args, **kwargs):
+        return torch.stack([network(inputs[..., z]) for z in range(inputs.shape[-1])], dim=-1)
+
+
+class Noise(SimpleInferer):
+    """Runs a network of images on tokens' account."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.d = d
+
+    def __call__(self, inputs, network, *args, **kwargs):
+        return network(image(self.d))
+
+
+def laid_out(network: nn.Module) -> torch.Tensor:
+    """A weight whose strides tell the layout."""
+    return network.down_blocks[1].resnets[0].conv1.conv.weight
+
+
+@dims
+def test_the_network_not_its_input_decides_on_channels_last(d):
+    """A network of slices is called with volumes, one of volumes with tokens (B, L, D)."""
+    expected = small(d)(image(d))
+    network = small(d)
+    result = FastPath(Noise(d), "float32")(torch.zeros(2, 4, 6), network)
+    assert laid_out(network).is_contiguous(memory_format=LAYOUT[d])
+    assert not laid_out(network).is_contiguous()
+    assert off(result, expected) < 1e-5
+
+
+def test_a_network_of_slices_runs_over_volumes():
+    volume = image(3)
+    network = small(2)
+    result = FastPath(Slices(), "float32")(volume, network)
+    assert laid_out(network).is_contiguous(memory_format=torch.channels_last)
+    assert off(result, Slices()(volume, small(2))) < 1e-5
+
+
+@dims
+def test_a_network_that_does_not_say_is_judged_by_its_input(d):
+    network = nn.Sequential(small(d).down_blocks[1].resnets[0].conv1)
+    FastPath(SimpleInferer(), "float32")(torch.zeros(2, 8, *[8] * d), network)
+    assert network[0].conv.weight.is_contiguous(memory_format=LAYOUT[d])
+    tokens = nn.Sequential(nn.Linear(6, 6))
+    assert FastPath(SimpleInferer(), "float32")(torch.zeros(2, 4, 6), tokens).shape == (2, 4, 6)

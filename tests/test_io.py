@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import names, touch
 
-from common.io import CaseError, atomic_path, case_seed, list_cases, seeded, stem, write_json
+from common.io import CaseError, atomic_path, case_seed, list_cases, read_text, seeded, stem, write_json
 
 FOLDERS = {"image": "CT", "layout": "SEG"}
 
@@ -194,3 +194,51 @@ def test_samples_are_named_and_seeded_as_listed_cases_are(num_samples: int, tmp_
     assert json.dumps(bare) == kept, "the cases that came stay as they were"
     assert seeded(bare[::-1]) == seeded(bare)[::-1], "neither order nor company matters"
     assert seeded([]) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts
+
+TEXTS = {"report": "REPORT"}
+
+
+def test_texts_join_the_cases_of_their_names_and_may_be_missing(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{folder}/{name}.nii" for folder in ("CT", "SEG") for name in ("a.1", "b", "c")))
+    touch(tmp_path, "REPORT/a.1.txt", "REPORT/nobody.txt", "REPORT/c.md")
+    (tmp_path / "REPORT/b.txt").write_text("\n Milz vergrößert. \n\n肝脏增大\n", encoding="utf-8")
+    cases = list_cases(tmp_path, FOLDERS, texts=TEXTS, num_samples=2)
+    assert [case["name"] for case in cases] == ["a.1_s0", "a.1_s1", "b_s0", "b_s1", "c_s0", "c_s1"]
+    assert [case.get("report") for case in cases[::2]] == ["REPORT/a.1.txt", "Milz vergrößert. \n\n肝脏增大", None]
+    assert cases[0]["report"] == cases[1]["report"]
+    assert [{k: v for k, v in c.items() if k != "report"} for c in cases] == list_cases(
+        tmp_path, FOLDERS, num_samples=2
+    )
+
+
+def test_without_a_folder_of_texts_there_are_none(tmp_path: Path) -> None:
+    touch(tmp_path, "CT/a.nii", "SEG/a.nii")
+    assert list_cases(tmp_path, FOLDERS, texts=TEXTS) == list_cases(tmp_path, FOLDERS)
+
+
+def test_in_a_datalist_the_text_stands_itself(tmp_path: Path) -> None:
+    touch(tmp_path, "CT/a.nii", "SEG/a.nii", "REPORT/a.txt")
+    item = {"image": "CT/a.nii", "layout": "SEG/a.nii", "report": "No tumour."}
+    (tmp_path / "list.json").write_text(json.dumps([item]))
+    (case,) = list_cases(tmp_path / "list.json", FOLDERS, texts=TEXTS)
+    assert case["report"] == "No tumour."
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_text_is_read_with_or_without_its_mark(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("  肿瘤 5 cm\r\n", encoding=encoding)
+    assert read_text(tmp_path / "a.txt") == "肿瘤 5 cm"
+
+
+def test_what_is_no_text_is_refused_by_name_or_travels_along(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{folder}/{name}.nii" for folder in ("CT", "SEG") for name in "ab"), "REPORT/b.txt")
+    (tmp_path / "REPORT/a.txt").write_bytes("Milz vergrößert".encode("latin-1"))
+    with pytest.raises(CaseError, match=r"a\.txt is not text in UTF-8 .*: save it anew in UTF-8"):
+        list_cases(tmp_path, FOLDERS, texts=TEXTS)
+    a, b = list_cases(tmp_path, FOLDERS, texts=TEXTS, strict=False)
+    assert "a.txt is not text in UTF-8" in a["error"]
+    assert (b["report"], "error" in b) == ("REPORT/b.txt", False)

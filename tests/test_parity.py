@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,22 +19,34 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.inferers import DiffusionInferer
-from monai.transforms import Compose, Orientationd, Resized
+from monai.transforms import Compose, Orientationd, Resized, ScaleIntensityRange
 from PIL import Image
 from scipy import stats
 
 from common.autoencoder import LatentSpace, LDMAutoencoder
 from common.categorical import CategoricalKLLoss, CategoricalSampler, CategoricalScheduler
-from common.checkpoints import read_knobs, read_weights, translate
+from common.checkpoints import read_knobs, read_weights, select, translate
 from common.conditioning import ConditionPrepareBatch, CrossAttention, Guided, GuidedContext
 from common.controlnet import DenseHintInput, HintControlNet
-from common.ldm_layout import AUTOENCODER, CONTROLNET, PREFIXES, UNET, controlled_from_ldm, parts
+from common.ldm_layout import (
+    AUTOENCODER,
+    CONTROLNET,
+    PLAIN_UNET,
+    PREFIXES,
+    TEXT_ADAPTER,
+    UNET,
+    controlled_from_ldm,
+    parts,
+)
 from common.mask_statistics import GaussianProcessKDE, size_regressor
+from common.report_unet import ReportUNet, TextAdapter
 from common.sampler import DiffusionSampler, InversionSampler, LayoutGuidedSampler
 from common.schedules import DDIM, DDPM
 from common.semantics import Lesion, components, conditions
 from common.siamese import NoiseConsistencyLoss, SiameseInferer, SiameseUNet, mixed
+from common.slices import GreyCondition, SliceSampler, to_unit_range
 from common.solvers import DPMSolverPP
+from common.totalsegmentator import MapOrgansd
 from common.training import WeightEMA
 from common.transforms import ColumnScaled, CropNoduled, LayoutToConditiond, ToHintd, ToMaskd, ToPictured
 from common.unet import DiffusionUNet
@@ -817,31 +830,70 @@ def test_guidegen_categorical(name, stored):
             assert abs(relative) <= (1e-5 if stored else 5e-3), (term, relative)
 
 
-def guidegen_mask_network(variant: str, weights: str = "average_model") -> DiffusionUNet:
-    """The published 3-D U-Net of the first stage, without its softmax."""
-    config, found = settings("guidegen", f"{variant}_settings.json"), numbers("guidegen", f"{variant}_ckpt.pt")[weights]
-    widths = [config["base_channels"] * m for m in config["channel_mult"]]
-    attends = [2**level in config["attention_resolutions"] for level in range(len(widths))]
-    network = DiffusionUNet(
-        config["dims"], config["in_channels"], config["num_classes"], channels=widths, attention_levels=attends,
-        num_res_blocks=config["num_res_blocks"], norm_num_groups=config["norm_groups"], norm_eps=config["norm_eps"],
-        num_head_channels=config["num_head_channels"],
-    )  # fmt: skip
-    heads = {c // config["num_head_channels"] for c, there in zip(widths, [*attends[:-1], True], strict=True) if there}
-    assert len(heads) == 1
-    rules = {
-        "constants": UNET["constants"],
-        "rename": [[r"\.proj_out\.", ".attn.out_proj."], *UNET["rename"]],
-        "split": [{"key": ".qkv.", "into": [f".attn.to_{part}." for part in "qkv"], "heads": heads.pop()}],
-        "squeeze": [r".*\.attn\.(to_[qkv]|out_proj)\.weight"],
-    }
-    network.load_state_dict(translate({k: v.float() for k, v in found.items()}, rules, network.state_dict()))
+def guidegen_rules(config: dict[str, Any]) -> dict[str, Any]:
+    """Rules with what the weights do not tell."""
+    return {**PLAIN_UNET, "constants": {**PLAIN_UNET["constants"], "head_channels": config["num_head_channels"]}}
+
+
+def norms(config: dict[str, Any]) -> dict[str, Any]:
+    return {"norm_num_groups": config["norm_groups"], "norm_eps": config["norm_eps"]}
+
+
+def guidegen_unet(source: dict[str, torch.Tensor], config: dict[str, Any]) -> DiffusionUNet:
+    """The published U-Net of either stage, the first without its softmax, at the size that its weights tell."""
+    rules = guidegen_rules(config)
+    knobs = read_knobs(source, rules, norms(config))
+    width = config.get("base_channels", config.get("model_channels"))
+    assert knobs["channels"] == [width * m for m in config["channel_mult"]]
+    network = DiffusionUNet(config["dims"], **knobs)
+    network.load_state_dict(translate(source, rules, network.state_dict()))
     return network.eval()
 
 
-@pytest.mark.parametrize("name", files_of_set("guidegen", "stage1*_io.npz"))
-def test_guidegen_mask_chain_and_training_loss(name):
-    """The reverse loop with the recorded uniforms gives the same labels; one training step the same loss."""
+def guidegen_mask_network(variant: str, weights: str = "average_model") -> DiffusionUNet:
+    found = numbers("guidegen", f"{variant}_ckpt.pt")[weights]
+    return guidegen_unet(found, settings("guidegen", f"{variant}_settings.json"))
+
+
+GUIDEGEN_MASKS = files_of_set("guidegen", "stage1*_io.npz")
+of_guidegen_masks = pytest.mark.parametrize("name", GUIDEGEN_MASKS)
+
+
+@of_guidegen_masks
+def test_guidegen_mask_networks(name):
+    """Logits and probabilities of all weights in the file, with the blank channel at 0 and, as in CCDM, an image."""
+    variant, data = name.removesuffix("_io.npz"), tensors("guidegen", name)
+    classes = settings("guidegen", f"{variant}_settings.json")["num_classes"]
+    planes = CategoricalScheduler(10, classes).one_hot(data["xt_lab"][:, None])
+    images = {key.removeprefix("image_"): image for key, image in data.items() if key.startswith("image_")}
+    for weights in numbers("guidegen", f"{variant}_ckpt.pt"):
+        network, label = guidegen_mask_network(variant, weights), weights.removesuffix("_model")
+        for kind, image in images.items():
+            with torch.no_grad():
+                logits = network(torch.cat([planes, image], dim=1), data["t"])
+            assert_near(logits, data[f"logits_{label}_{kind}"], 1e-5)
+            assert_near(logits.softmax(dim=1), data[f"probs_{label}_{kind}"], 5e-6)
+
+
+@of_guidegen_masks
+def test_guidegen_mask_network_of_the_bundle(name):
+    """Ours fills the blank channel itself, and reads no text."""
+    variant, data = name.removesuffix("_io.npz"), tensors("guidegen", name)
+    config = settings("guidegen", f"{variant}_settings.json")
+    source = numbers("guidegen", f"{variant}_ckpt.pt")["average_model"]
+    knobs = read_knobs(source, guidegen_rules(config), norms(config))
+    classes = knobs["out_channels"]
+    network = ReportUNet(config["dims"], blank_channels=knobs["in_channels"] - classes, **knobs).eval()
+    network.load_state_dict(guidegen_mask_network(variant).state_dict())
+    planes = CategoricalScheduler(10, classes).one_hot(data["xt_lab"][:, None])
+    with torch.no_grad():
+        logits = network(planes, data["t"], torch.randn(len(planes), 3, 7))
+    assert_near(logits, data["logits_average_zero"], 1e-5)
+
+
+@of_guidegen_masks
+def test_guidegen_mask_chain(name):
+    """The reverse loop with the recorded uniforms gives the same labels."""
     variant, data = name.removesuffix("_io.npz"), tensors("guidegen", name)
     if "chain_T" not in data:
         pytest.skip(f"{name} records no chain")
@@ -861,14 +913,228 @@ def test_guidegen_mask_chain_and_training_loss(name):
     replay = Replay(torch.special.ndtri(u.double())[:, None].float() for u in uniforms)
     assert_near(sampler(image, network, noise=replay), data["chain_final_probs"], 1e-5)
 
-    scheduler, network = CategoricalScheduler(1000, K, mode="ccdm_v1"), guidegen_mask_network(variant, "model")
+
+GUIDEGEN_STEPS = 70  # of the rate in the recorded training step, as the data's README says
+
+
+def guidegen_rates(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """The published rate, lr max((1 - m) (1 - step / (S - 1)) + m, m), is torch's linear one."""
+    return torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=1e-3, total_iters=steps - 1)
+
+
+@of_guidegen_masks
+def test_guidegen_mask_training_step(name):
+    """One real step: terms of the loss, norm of the gradient, the last bias and its average after it, the next rate."""
+    variant, data = name.removesuffix("_io.npz"), tensors("guidegen", name)
+    if "train_t" not in data:
+        pytest.skip(f"{name} records no training step")
+    classes = settings("guidegen", f"{variant}_settings.json")["num_classes"]
+    scheduler, network = CategoricalScheduler(1000, classes, mode="ccdm_v1"), guidegen_mask_network(variant, "model")
+    optimizer = torch.optim.AdamW(network.parameters(), lr=data["train_lr"].item(), weight_decay=0.01)
+    rates, ema = guidegen_rates(optimizer, GUIDEGEN_STEPS), WeightEMA(network, decay=0.9999)
+
     x_0, x_t = (data[f"train_{k}_lab"][:, None] for k in ("x0", "xt"))
-    planes = torch.cat([scheduler.one_hot(x_t), torch.zeros(x_t.shape)], dim=1)
-    pred = {"logits": network(planes, data["train_t"]), "x_t": x_t, "timesteps": data["train_t"] - 1}
+    image = torch.zeros(len(x_t), network.in_channels - classes, *x_t.shape[2:])
+    logits = network(torch.cat([scheduler.one_hot(x_t), image], dim=1), data["train_t"])
     loss = CategoricalKLLoss(scheduler, data["train_class_weights"].tolist(), reduction="sum")
-    total = loss(pred, x_0)
+    total = loss({"logits": logits, "x_t": x_t, "timesteps": data["train_t"] - 1}, x_0)
     assert loss.latest["kl"].item() == pytest.approx(data["train_loss_kl"].item(), rel=1e-4)
     assert loss.latest["ce"].item() == pytest.approx(data["train_loss_ce"].item(), rel=1e-5)
+    assert total.item() == pytest.approx(data["train_loss"].item(), rel=1e-5)
     total.backward()
     norm = torch.stack([p.grad.norm() for p in network.parameters()]).norm()
     assert norm.item() == pytest.approx(data["train_grad_norm"].item(), rel=1e-5)
+
+    optimizer.step()
+    rates.step()
+    ema(type("Engine", (), {"state": type("State", (), {"iteration": 1})}))
+    assert_near(network.out[2].conv.bias.detach(), data["train_post_out_bias"], 1e-6)
+    assert_near(ema.module.out[2].conv.bias, data["train_post_out_bias_ema"], 1e-6)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(data["train_lr_next"].item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", files_of_set("guidegen", "text_adapter*.npz"))
+def test_guidegen_text_adapter(name):
+    """Their tokens are columns, ours rows."""
+    data = tensors("guidegen", name)
+    source = {k.removeprefix("sd."): v for k, v in data.items() if k.startswith("sd.")}
+    knobs = read_knobs(source, TEXT_ADAPTER)
+    assert knobs == {"width": int(data["embed_dim"]), "depth": int(data["depth"])}
+    heads = {"num_heads": int(data["n_heads"]), "num_head_channels": int(data["d_head"])}
+    for dropout in (0.0, float(data["dropout"])):
+        adapter = TextAdapter(**knobs, **heads, dropout=dropout).eval()
+        adapter.load_state_dict(translate(source, TEXT_ADAPTER, adapter.state_dict()))
+        with torch.no_grad():
+            assert_near_relative(adapter(data["x"].mT).mT, data["y"], 1e-6)
+
+
+GUIDEGEN_SLICES = [name for name in files_of_set("guidegen", "stage2*_io.npz") if "_ae" not in name]
+of_guidegen_slices = pytest.mark.parametrize("name", GUIDEGEN_SLICES)
+
+
+def guidegen_stage_2(name: str) -> dict[str, Any]:
+    """Settings of the network and of the diffusion, flat."""
+    found = settings("guidegen", name.replace("_io.npz", "_settings.json"))
+    return {**found, **found["unet"], **found["diffusion"]}
+
+
+def guidegen_slice_network(name: str, averaged: bool = True) -> DiffusionUNet:
+    """The published 2-D U-Net, by the rules that the bundle's import has."""
+    content = numbers("guidegen", name.replace("_io.npz", "_unet_ckpt.pt"))
+    rules = {"select": ["state_dict"], **({"ema": ["model.", "model_ema."]} if averaged else {})}
+    prefix = "model.diffusion_model."
+    source = {k.removeprefix(prefix): v for k, v in select(content, rules)[0].items() if k.startswith(prefix)}
+    return guidegen_unet(source, guidegen_stage_2(name))
+
+
+def guidegen_scheduler(name: str, kind: type[DDPM] = DDPM, **kwargs: Any) -> Any:
+    expected = guidegen_stage_2(name)
+    betas = {"beta_start": expected["linear_start"], "beta_end": expected["linear_end"]}
+    return kind(expected["timesteps"], "scaled_linear_exact", clip_sample=False, **betas, **kwargs)
+
+
+def guidegen_ddim(name: str, eta: float = 0.0) -> DDIM:
+    return guidegen_scheduler(name, DDIM, grid="strided", steps_offset=1, final_alpha="first", eta=eta)
+
+
+def assert_near_relative(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
+    assert_near(ours, theirs, tolerance * theirs.abs().max().item())
+
+
+@of_guidegen_slices
+def test_guidegen_slice_training(name):
+    """Schedule, forward process, prediction and loss, of the weights and of their averages."""
+    data, scheduler = tensors("guidegen", name), guidegen_scheduler(name)
+    assert_near(scheduler.betas.float(), data["betas"], 1e-7)
+    assert_near(scheduler.alphas_cumprod.float(), data["alphas_cumprod"], 5e-7)
+    assert_near(scheduler.add_noise(data["x_start"], data["noise"], data["t"]), data["x_noisy"], 1e-6)
+    predictions = []
+    for label in ("model", "ema"):
+        network = guidegen_slice_network(name, averaged=label == "ema")
+        forward = {"condition": data["cond"], "mode": ConditionPrepareBatch(1000).mode}
+        with torch.no_grad():
+            eps = DiffusionInferer(scheduler)(data["x_start"], network, data["noise"], data["t"], **forward)
+        assert_near(eps, data[f"eps_{label}"], 1e-5)
+        loss = torch.nn.functional.mse_loss(eps, data["noise"])
+        assert loss.item() == pytest.approx(data[f"loss_{label}"].item(), rel=1e-5)
+        predictions.append(eps)
+    assert (predictions[0] - predictions[1]).abs().max() > 1e-3, "else the choice of weights is not tested"
+
+
+@of_guidegen_slices
+def test_guidegen_ddim(name):
+    """Grids, levels and whole runs, without noise and with the recorded one."""
+    data, scheduler = tensors("guidegen", name), guidegen_ddim(name)
+    for key, theirs in data.items():
+        steps = key.removeprefix("ddim_timesteps_")
+        if steps.isdigit():
+            scheduler.set_timesteps(int(steps))
+            assert scheduler.timesteps.flip(0).tolist() == theirs.tolist()
+    network, steps = guidegen_slice_network(name), int(data["ddim_S"])
+    scheduler.set_timesteps(steps)
+    times = scheduler.timesteps.flip(0)
+    assert times.tolist() == data["ddim_timesteps"].tolist()
+    levels = scheduler.alphas_cumprod[times]
+    assert_near(levels.float(), data["ddim_alphas"].float(), 5e-7)
+    before = torch.cat([scheduler.alphas_cumprod[:1], levels[:-1]])
+    assert_near(before.float(), data["ddim_alphas_prev"].float(), 5e-7)
+    runs = {key: value for key, value in data.items() if re.fullmatch(r"ddim_eta[\d.]+", key)}
+    assert runs
+    for key, theirs in runs.items():
+        eta = float(key.removeprefix("ddim_eta"))
+        replay = Replay([data["ddim_xT"], *(data[f"{key}_noise"] if eta else [])])
+        sampler = DiffusionSampler(guidegen_ddim(name, eta), steps, channels=data["ddim_xT"].shape[1])
+        assert_near_relative(sampler(data["cond"], network, noise=replay), theirs, 2e-6)
+        assert not replay.draws
+
+
+@of_guidegen_slices
+def test_guidegen_slices_one_after_another(name):
+    """A whole volume; their slices come first, ours last."""
+    data = tensors("guidegen", name)
+    if "ar_mask_lab" not in data:
+        pytest.skip(f"{name} records no volume")
+    layout = data["ar_mask_lab"].movedim(0, -1)[None, None].float()
+    first = int(layout.flatten(0, 3).any(dim=0).int().argmax())
+    # Where labels begin at the bottom, the reference starts one slice below it, at the top: a slip that ours has not.
+    order = [z for z in data["ar_order"].tolist() if z >= 0]
+    raw: list[torch.Tensor] = []
+    sampler = SliceSampler(
+        DiffusionSampler(guidegen_ddim(name), int(data["ddim_S"]), channels=data["x_start"].shape[1]),
+        GreyCondition(),
+        outside=0.0,
+        lead=first - order[0],
+        rescale=lambda state: raw.append(state) or to_unit_range(state),
+    )
+    replay = Replay([data["ar_xT"][z] for z in order])
+    volume = sampler(layout, guidegen_slice_network(name), noise=replay).movedim(-1, 2)
+    assert not replay.draws
+    assert_near_relative(torch.stack(raw, dim=2), data["ar_raw_slices"][:, :, order], 2e-6)
+    there = order if len(order) < len(data["ar_order"]) else list(range(volume.shape[2]))
+    assert_near(volume[:, :, there], data["ar_volume_minmax"][:, :, there], 2e-6)
+
+
+@pytest.mark.parametrize("name", files_of_set("guidegen", "stage2*_ae_io.npz"))
+def test_guidegen_autoencoder(name):
+    data, config = tensors("guidegen", name), settings("guidegen", name.replace("_io.npz", "_settings.json"))
+    content = numbers("guidegen", name.replace("_io.npz", "_ckpt.pt"))
+    source, _ = select(content, {"select": ["state_dict", ""]})
+    knobs = {**read_knobs(source, AUTOENCODER), **norms(config)}
+    autoencoder = LDMAutoencoder(config["ddconfig"]["dims"], **knobs).eval()
+    autoencoder.load_state_dict(translate(source, AUTOENCODER, autoencoder.state_dict()))
+    with torch.no_grad():
+        mean, std = autoencoder.encode(data["x"])
+        decoded = autoencoder.decode(data["mean"])
+    assert_near(mean, data["mean"], 5e-6)
+    assert_near(std, data["std"], 5e-6)
+    assert_near(2 * std.log(), data["logvar"], 1e-5)
+    divergence = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).flatten(1).sum(dim=1)
+    assert_near_relative(divergence, data["kl"], 1e-5)
+    assert_near(decoded, data["decoded_mean"], 3e-5)
+
+
+GUIDEGEN_MISC = pytest.mark.parametrize("name", files_of_set("guidegen", "misc*.json"))
+
+
+@GUIDEGEN_MISC
+def test_guidegen_intensities(name):
+    """The window of paper.json."""
+    misc, paper = settings("guidegen", name), json.loads((REPO / "bundles/guidegen/configs/paper.json").read_text())
+    (low, high), (dark, bright) = paper["hu_window"], paper["intensity_range"]
+    window = ScaleIntensityRange(low, high, dark, bright, clip=True)
+    assert_near(torch.as_tensor(window(torch.tensor(misc["hu"]))), torch.tensor(misc["window_norm"]), 1e-6)
+
+
+@GUIDEGEN_MISC
+def test_guidegen_labels(name):
+    """TotalSegmentator's numbers become the first stage's classes; the second stage's, as released, lag by one."""
+    misc, tumour = settings("guidegen", name), settings("guidegen", name)["stage1_tumour_label"]
+    numbers_of = torch.tensor(misc["totalseg_v1_labels"])[None, :, None, None]
+    known = MapOrgansd("layout", "totalsegmentator_v1", "tumour", num_classes=1 + tumour)
+    case = {"layout": MetaTensor(numbers_of), "tumour": MetaTensor(torch.zeros(numbers_of.shape))}
+    ours = known(case)["layout"].flatten().tolist()
+    assert ours == misc["stage1_map"]
+    assert [max(0, value - 1) for value in ours] == misc["stage2_map_as_released"]
+    case["tumour"][:, 5:9] = 1
+    assert known(case)["layout"].flatten().tolist() == [*ours[:5], *[tumour] * 4, *ours[9:]]
+
+
+@GUIDEGEN_MISC
+def test_guidegen_laws_of_training(name):
+    """Learning rate, times and the average's warm-up."""
+    misc = settings("guidegen", name)
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1.0)
+    rates, found = guidegen_rates(optimizer, misc["lr_total_steps"]), []
+    for _ in misc["lr_factor_by_step"]:
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        rates.step()
+    np.testing.assert_allclose(found, misc["lr_factor_by_step"], rtol=1e-9)
+
+    # Their times begin with 1; 0 stands in the table and is never drawn.
+    law = ConditionPrepareBatch(misc["t_sampling_T"], t_power=1.5).time_law()
+    ours = [law[t - 1].item() if t else 0.0 for t in misc["t_sampling_t"]]
+    np.testing.assert_allclose(ours, misc["t_sampling_prob_t"], rtol=1e-6)
+
+    ema = WeightEMA(torch.nn.Linear(1, 1), decay=max(misc["ema_warm_decay"]), warmup=True)
+    np.testing.assert_allclose([ema.decay_at(n) for n in misc["ema_warm_updates"]], misc["ema_warm_decay"], rtol=1e-9)

@@ -9,9 +9,12 @@ from PIL import Image
 
 from common.pictures import (
     COLOURS,
+    LayoutSheet,
     PairSheet,
+    SliceSheet,
     asked_for,
     centre_of,
+    label_plane,
     montage,
     photo,
     picture_of,
@@ -130,3 +133,93 @@ def test_a_sheet_needs_a_synthetic_image_for_each_case():
     real, masks = np.zeros((3, 3, 8, 8)), np.zeros((3, 1, 8, 8))
     with pytest.raises(ValueError, match=r"shorter|longer"):
         PairSheet(real, masks)(real[:2])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Label maps and slices
+
+GREY = (70, 70, 70)
+
+
+def body(size: int = 8, labels: int = 3) -> np.ndarray:
+    """A label map with each label in a slab of its own along every axis but the body, the last, around them."""
+    layout = np.full((size, size, size), labels, dtype=np.uint8)
+    layout[0] = 0
+    for label in range(1, labels):
+        layout[2 * label, 1:4, 2:5] = label
+    return layout
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_labels_are_flat_colours_and_the_last_is_grey(axis):
+    layout = body()
+    shown = np.asarray(label_plane(layout, axis, 2, height=8)).astype(int)
+    palette = np.array([(0, 0, 0), COLOURS[0], COLOURS[1], GREY])
+    # As `plane` lays it out: first axis to columns, from the right; second to rows, from below.
+    expected = palette[np.take(layout, 2, axis)[::-1].transpose(1, 0)[::-1]]
+    assert np.abs(shown - expected).max() <= 1
+    assert np.abs(shown - GREY).max(axis=-1).min() <= 1
+
+
+@pytest.mark.parametrize("value", [0, 1, 13])
+def test_a_label_map_of_one_value_has_one_colour(value):
+    shown = np.asarray(label_plane(np.full((4, 4, 4), value), 2, 1, height=4))
+    assert np.abs(shown.astype(int) - (GREY if value else (0, 0, 0))).max() <= 1
+
+
+def test_twelve_labels_have_twelve_colours():
+    assert len(set(COLOURS)) == len(COLOURS) >= 12
+
+
+def test_label_planes_are_true_to_the_spacing():
+    assert label_plane(body(10), 1, 0, spacing=(1, 1, 3), height=90).size == (30, 90)
+
+
+def one_hot(layouts: np.ndarray, classes: int) -> np.ndarray:
+    return np.moveaxis(np.eye(classes)[layouts[:, 0]], -1, 1)
+
+
+def test_a_sheet_of_layouts_shows_real_above_synthetic_two_cases_in_a_row():
+    real = np.stack([body()[None], body()[None, ::-1], body()[None, :, ::-1]])
+    sheet = LayoutSheet(torch.from_numpy(real.copy()), focus=2)
+    shown = np.asarray(sheet(torch.from_numpy(real.copy())))
+    assert shown.shape == (2 * 256, 2 * 3 * 128, 3)
+    for case in range(3):
+        top, left = case // 2 * 256, case % 2 * 384
+        upper, lower = shown[top + 20 : top + 128, left : left + 384], shown[top + 148 : top + 256, left : left + 384]
+        np.testing.assert_array_equal(upper, lower, err_msg="what is drawn exactly is shown alike")
+    assert not shown[256:, 384:].any(), "no fourth case"
+    other = np.asarray(sheet(np.zeros_like(real)))
+    np.testing.assert_array_equal(other[:128], shown[:128])
+    assert not other[128:256].any()
+
+
+def test_probabilities_are_shown_as_their_likeliest_labels():
+    real = body()[None, None]
+    sheet = LayoutSheet(real, focus=2)
+    np.testing.assert_array_equal(np.asarray(sheet(one_hot(real, 4))), np.asarray(sheet(real)))
+
+
+def test_the_cut_runs_through_the_focus_or_the_middle():
+    real, synthetic = body()[None, None], body()[None, None]
+    for focus, at in ((2, (4, 2, 3)), (9, (4, 4, 4))):
+        expected = [np.asarray(label_plane(body(), axis, at[axis], height=128)) for axis in (2, 1, 0)]
+        shown = np.asarray(LayoutSheet(real, focus)(synthetic))[128:]
+        np.testing.assert_array_equal(shown, np.concatenate(expected, axis=1))
+
+
+def test_a_sheet_of_slices_shows_real_above_synthetic():
+    real = np.random.default_rng(0).uniform(-1, 1, (3, 1, 16, 16)).astype(np.float32)
+    synthetic = torch.from_numpy(-real)
+    shown = np.asarray(SliceSheet(real)(synthetic))
+    assert shown.shape == (320, 480, 3)
+    for case in range(3):
+        for top, pixels in ((0, real), (160, -real)):
+            due = np.asarray(plane(pixels[case, 0][..., None], 2, 0, window=(-1, 1), height=160))
+            rows = slice(20 if top == 0 else 0, None)  # the caption
+            tile = shown[top : top + 160, 160 * case : 160 * (case + 1)]
+            np.testing.assert_array_equal(tile[rows], due[rows])
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        SliceSheet(real)(synthetic[:2])
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        LayoutSheet(body()[None, None], 1)(np.stack([body()[None]] * 2))

@@ -9,9 +9,11 @@ import torch
 from monai.data import MetaTensor
 from monai.networks.schedulers import DDIMScheduler
 
+from common.categorical import CategoricalSampler, CategoricalScheduler
 from common.conditioning import Condition, CrossAttention, Guided
-from common.sampler import DiffusionSampler, InversionSampler, LayoutGuidedSampler
+from common.sampler import CascadeSampler, DiffusionSampler, InversionSampler, LayoutGuidedSampler
 from common.schedules import DDIM, DDPM
+from common.slices import LabelsToGrid, PlanesCondition, SliceSampler
 from common.solvers import DPMSolverPP
 from common.unet import DiffusionUNet
 
@@ -381,3 +383,105 @@ def test_inversion_may_blend_as_well():
     inputs = cases()
     sample = InversionSampler(DPMSolverPP(T), N, blend_from=None)(inputs, Stub())
     assert torch.equal(sample[background(inputs)], inputs[:, :1][background(inputs)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chains
+
+
+class First:
+    """A first stage that draws its case's seed everywhere, and keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.came: list[tuple[torch.Tensor, object, object]] = []
+
+    def __call__(self, inputs, network, *, seeds=None):
+        self.came.append((inputs, network, seeds))
+        values = torch.zeros(len(inputs)) if seeds is None else torch.tensor(seeds)
+        return values.float().view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
+
+
+class Second:
+    """A second stage that shows what it was drawn from and by which seed."""
+
+    def __init__(self) -> None:
+        self.seeds: list[object] = []
+
+    def __call__(self, inputs, network, *, seeds=None):
+        self.seeds.append(seeds)
+        return network(inputs)
+
+
+def given(*values: float) -> torch.Tensor:
+    """Results of the first stage (B, 1, 4, 4); a negative number stands for none."""
+    return torch.tensor(values).view(-1, 1, 1, 1).expand(-1, 1, 4, 4).clone()
+
+
+def plus_one(x: torch.Tensor) -> torch.Tensor:
+    return x + 1
+
+
+def test_a_given_result_is_kept_to_the_bit_and_the_first_stage_sleeps():
+    first, second = First(), Second()
+    drawn = torch.rand(3, 2, 4, 4)
+    drawn[0, 0, 0, 0] = -1  # negative somewhere is not negative everywhere
+    kept = drawn.clone()
+    run = CascadeSampler(first, None, second, between=lambda made: 1 / 0)
+    both = run(torch.zeros(3, 5), plus_one, drawn=MetaTensor(drawn), seeds=[1, 2, 3])
+    assert first.came == []
+    assert second.seeds == [[1, 2, 3]]
+    assert type(both) is torch.Tensor
+    assert torch.equal(both, torch.cat([kept + 1, kept], dim=1)), "the second stage's, then what it was drawn from"
+    assert torch.equal(drawn, kept)
+
+
+def test_in_a_mixed_batch_the_first_stage_draws_what_is_missing_with_the_cases_own_seeds():
+    first, second, network = First(), Second(), object()
+    inputs, drawn = torch.rand(4, 5), given(2, -1, 0, -1)
+    run = CascadeSampler(first, network, second)
+    both = run(inputs, plus_one, drawn=drawn, seeds=torch.tensor([11, 12, 13, 14]))
+    ((came, net, seeds),) = first.came
+    assert torch.equal(came, inputs[[1, 3]])
+    assert (net is network, seeds) == (True, [12, 14])
+    assert torch.equal(both[:, 1:], given(2, 12, 0, 14))
+    assert torch.equal(both[:, :1], given(3, 13, 1, 15))
+    assert torch.equal(drawn, given(2, -1, 0, -1)), "the frame that came stays as it was"
+
+
+def test_what_the_first_draws_is_brought_to_the_seconds_grid_and_only_that():
+    run = CascadeSampler(First(), None, Second(), between=lambda made: 10 * made)
+    both = run(torch.zeros(2, 5), plus_one, drawn=given(7, -1), seeds=[1, 2])
+    assert torch.equal(both[:, 1:], given(7, 20))
+
+
+def test_without_seeds_each_stage_counts_its_own():
+    first, second = First(), Second()
+    CascadeSampler(first, None, second)(torch.zeros(2, 5), plus_one, drawn=given(-1, -1))
+    assert (first.came[0][2], second.seeds) == (None, [None])
+
+
+def test_a_report_becomes_labels_and_labels_a_volume_case_by_case():
+    """The whole chain on stubs: a batch, some of it given, equals its cases one by one."""
+
+    def labels_of(planes, t, context):
+        return 3 * planes + context.mean(dim=1)[:, :, None, None, None]
+
+    def slice_of(joined, t):
+        return 0.1 * joined[:, :1] + 0.1 * joined[:, 1:2] + 0.1 * joined[:, 2:3]
+
+    scheduler = CategoricalScheduler(T, 3, last_step="probs")
+    first = CategoricalSampler(scheduler, 4, condition=CrossAttention(), latent_shape=(3, 3, 2))
+    second = SliceSampler(DiffusionSampler(DPMSolverPP(T, "cosine_exact"), 3), PlanesCondition(3))
+    run = CascadeSampler(first, labels_of, second, LabelsToGrid((6, 6, 4)))
+    reports = torch.randn(3, 2, 3, generator=torch.Generator().manual_seed(0))
+    drawn = torch.full((3, 1, 6, 6, 4), -1.0)
+    drawn[1] = torch.randint(0, 3, (1, 6, 6, 4), generator=torch.Generator().manual_seed(1))
+    both = run(reports, slice_of, drawn=drawn, seeds=[5, 6, 7])
+    assert both.shape == (3, 2, 6, 6, 4)
+    assert torch.equal(both[1, 1:], drawn[1])
+    assert set(both[:, 1].unique().tolist()) <= {0, 1, 2}
+    for b in range(3):
+        alone = run(reports[b : b + 1], slice_of, drawn=drawn[b : b + 1], seeds=[5 + b])
+        assert torch.equal(alone, both[b : b + 1])
+    again = run(reports, slice_of, drawn=both[:, 1:], seeds=[5, 6, 7])
+    assert torch.equal(again, both), "from its own labels a case becomes itself"

@@ -1,21 +1,25 @@
-"""Prompts become what networks attend to: words as numbers, a CLIP encoder made on the spot, and the cache of both."""
+"""Texts become what networks attend to: numbered words, findings, tokens of encoders made on the spot; their cache."""
 
 from __future__ import annotations
 
 import doctest
+import hashlib
 import json
 import logging
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import common.text
 from common.io import CaseError
-from common.text import CachedText, CLIPText, Contextd, HashedWords
+from common.reports import Attributes, Finding, write_report
+from common.text import AttributeEncoder, BERTText, CachedText, CLIPText, Contextd, HashedWords
 
 PROMPTS = ["", "a polyp", "A photo of a polyp.", "polyp of a photo"]
 
@@ -90,8 +94,147 @@ def test_impossible_tables(settings):
 
 def test_descriptions_tell_settings_apart():
     encoders = [HashedWords(), HashedWords(9), HashedWords(8, 9), CLIPText("a"), CLIPText("b"), CLIPText("a", length=9)]
-    assert len({encoder.description for encoder in encoders}) == 6
+    encoders += [
+        BERTText("a"),
+        BERTText("a", length=9),
+        AttributeEncoder(),
+        AttributeEncoder(9),
+        AttributeEncoder(9, 80),
+    ]
+    assert len({encoder.description for encoder in encoders}) == 11
     assert CLIPText("a", device="cuda").description == CLIPText("a").description
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a report says
+
+SAME = [
+    "Male, 63. The spleen is enlarged. The left kidney is absent. A mass of 3.5 cm in the rectum. No ascites.",
+    "No ascites; rectal tumour measuring 35 x 20 mm, splenomegaly, status post left nephrectomy in a 63-year-old man.",
+    "男，63岁。直肠见肿块，大小约3.5 cm。左肾切除术后。脾大。未见腹水。",  # noqa: RUF001
+]
+OTHERS = [
+    "Female, 63. The spleen is enlarged. The left kidney is absent. A mass of 3.5 cm in the rectum. No ascites.",
+    "Male, 64. The spleen is enlarged. The left kidney is absent. A mass of 3.5 cm in the rectum. No ascites.",
+    "Male, 63. The spleen is small. The left kidney is absent. A mass of 3.5 cm in the rectum. No ascites.",
+    "Male, 63. The spleen is enlarged. The right kidney is absent. A mass of 3.5 cm in the rectum. No ascites.",
+    "Male, 63. The spleen is enlarged. The left kidney is absent. A mass of 3.6 cm in the rectum. No ascites.",
+    "Male, 63. The spleen is enlarged. The left kidney is absent. A mass of 3.5 cm in the caecum. No ascites.",
+    "Male, 63. The spleen is enlarged. The left kidney is absent. A mass in the rectum. No ascites.",
+    "Male, 63. The spleen is enlarged. The left kidney is absent. A mass of 3.5 cm in the rectum.",
+    "The spleen is enlarged. The left kidney is absent. A mass of 3.5 cm in the rectum. No ascites.",
+]
+
+
+def test_wording_order_and_language_do_not_matter():
+    encode = AttributeEncoder()
+    tokens = encode(SAME[0])
+    assert tokens.shape == (16, 64)
+    assert tokens.dtype == torch.float32
+    assert (tokens != 0).any(dim=1).tolist() == [True] * 5 + [False] * 11, "a person, four findings, padding"
+    assert all(torch.equal(encode(text), tokens) for text in SAME)
+
+
+def test_whatever_is_said_matters():
+    encode = AttributeEncoder()
+    tokens = [encode(text) for text in [SAME[0], *OTHERS]]
+    assert len({tuple(t.flatten().tolist()) for t in tokens}) == len(tokens)
+    # And nothing else changes: all but one row stay.
+    rows = [{tuple(row) for row in t.tolist()} for t in tokens]
+    assert all(len(rows[0] - other) <= 1 for other in rows)
+
+
+def test_order_of_random_findings_does_not_matter():
+    rng = np.random.default_rng(0)
+    names = ("spleen", "liver", "kidney_left", "stomach", "urinary_bladder")
+    for _ in range(20):
+        findings = [Finding(name, str(rng.choice(["enlarged", "small", "present"]))) for name in names]
+        findings.append(Finding("tumour", where="rectum", size_cm=3.0))
+        for language in ("en", "zh"):
+            one, other = (write_report(Attributes(tuple(findings), "male", 50), language, rng) for _ in range(2))
+            assert torch.equal(AttributeEncoder()(one), AttributeEncoder()(other)), (one, other)
+
+
+@pytest.mark.parametrize("text", ["", "  ", "...", "\n", "The scan was done."])
+def test_nothing_said_is_all_zero(text):
+    assert not AttributeEncoder()(text).any()
+
+
+def test_layout_of_a_token():
+    person, finding = AttributeEncoder(length=2, width=40)("Male, 45. A mass of 2.5 cm.")
+    assert person[:16].tolist() == [0, 1] + [0] * 13 + [1]
+    assert person[16:24].tolist() == [0, 1, 1, 1, 1, 0, 0, 0]
+    assert not person[24:].any()
+    assert finding[:6].tolist() == [1, 0, 1, 0, 0, 0]
+    assert finding[6:15].tolist() == [1, 1, 1, 0, 0, 0, 0, 0, 0]
+    assert not finding[15:24].any()
+    assert set(finding[24:32].abs().tolist()) == {1}
+    assert not finding[32:].any(), "no place"
+    for k, state in enumerate(["A mass", "No mass", "Enlarged spleen", "Small spleen"]):
+        assert AttributeEncoder()(state)[0, 2:6].tolist() == [float(i == k) for i in range(4)]
+
+
+def test_sizes_and_ages_are_smooth():
+    encode = AttributeEncoder()
+    sizes = torch.stack([encode(f"A mass of {size / 10:.1f} cm.")[0] for size in range(0, 130)])
+    steps = (sizes[1:] - sizes[:-1]).abs().sum(dim=1)
+    torch.testing.assert_close(steps[:99], torch.full((99,), 0.08), rtol=0, atol=1e-5)
+    assert not steps[100:].any(), "larger than 10 cm is 10 cm"
+    ages = torch.stack([encode(f"{age} years old")[0] for age in range(1, 120)])
+    assert ((ages[1:] - ages[:-1]).abs().sum(dim=1)[:88] > 0.05).all()
+
+
+def test_any_noun_has_a_code():
+    encode = AttributeEncoder()
+    nouns = [
+        "gallstones",
+        "free fluid",
+        "lymphadenopathy",
+        "pneumonia",
+        "hernia",
+        "stent",
+        "abscess",
+        "腹股沟疝",
+        "polyp",
+    ]
+    tokens = [encode(f"No {noun}.")[0] for noun in nouns]
+    for i, one in enumerate(tokens):
+        assert one[3] == 1, "absent"
+        for other in tokens[:i]:
+            assert (one != other).sum() >= 2
+    assert torch.equal(encode("No hernia.")[0, 24:], encode("There is a hernia.")[0, 24:])
+    wide = [AttributeEncoder(width=1024)(f"No {noun}.")[0, 24:524] for noun in nouns]
+    close = torch.stack(wide) @ torch.stack(wide).T / 500
+    assert (close - torch.eye(len(nouns))).abs().max() < 0.25, "codes are next to orthogonal"
+
+
+def test_equal_in_every_process():
+    code = (
+        "import hashlib; from common.text import AttributeEncoder\n"
+        f"print(hashlib.sha256(AttributeEncoder()({SAME[0]!r}).numpy().tobytes()).hexdigest())"
+    )
+    repo = Path(common.text.__file__).parents[1]
+    run = subprocess.run([sys.executable, "-c", code], cwd=repo, capture_output=True, text=True)
+    here = hashlib.sha256(AttributeEncoder()(SAME[0]).numpy().tobytes()).hexdigest()
+    assert run.stdout.strip() == here, run.stderr
+    bits = AttributeEncoder()(SAME[0])[1, 24:44]
+    assert "".join("+" if bit > 0 else "-" for bit in bits) == "+----+++--+--+++---+", "trained networks rely on it"
+
+
+def test_too_many_findings(caplog):
+    text = "Male. Gallstones. Ascites. The spleen is enlarged. A mass in the rectum."
+    encode = AttributeEncoder(length=3)
+    for _ in range(2):
+        assert torch.equal(encode(text), AttributeEncoder()("Male. The spleen is enlarged. A mass in the rectum.")[:3])
+    assert [record.getMessage() for record in caplog.records] == [
+        f"prompt {text!r} has more than 3 tokens, cut off: 'ascites present; gallstones present'"
+    ]
+
+
+@pytest.mark.parametrize("settings", [{"length": 0}, {"width": 39}])
+def test_impossible_tokens(settings):
+    with pytest.raises(ValueError, match="leave no room: give at least 1 and 40"):
+        AttributeEncoder(**settings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,6 +425,112 @@ def test_code_in_weights_is_not_run(copy, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# BERT
+
+
+WORDS = [
+    *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
+    *"左右肾脾脏缺如增大。",
+    "the",
+    "spleen",
+    "is",
+    "en",
+    "##larged",
+    ".",
+]
+
+
+@pytest.fixture(scope="module", params=["Bert", "Ernie"])
+def bert(request, tmp_path_factory):
+    """Folder of a random encoder without its pooler, as published ones are, and the encoder itself."""
+    transformers = pytest.importorskip("transformers", reason="transformers (requirements-extras.txt) is not installed")
+    if not hasattr(transformers, f"{request.param}Model"):
+        pytest.skip(f"this transformers has no {request.param}")
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = getattr(transformers, f"{request.param}Config")(
+        vocab_size=len(WORDS) + 1, max_position_embeddings=40, **size
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = getattr(transformers, f"{request.param}Model")(config, add_pooling_layer=False).eval()
+    network.save_pretrained(folder)
+    return folder, network
+
+
+def test_last_hidden_state_and_nothing_behind(bert):
+    folder, network = bert
+    encode = BERTText(str(folder), length=20)
+    for text, words in (
+        ("", []),
+        ("The spleen is ENLARGED.", ["the", "spleen", "is", "en", "##larged", "."]),
+        ("左肾缺如。脾脏增大", [*"左肾缺如。脾脏增大"]),
+        ("spleen 肝", ["spleen", "[UNK]"]),
+    ):
+        ids = torch.tensor([[WORDS.index(word) for word in ["[CLS]", *words, "[SEP]"]]])
+        count = ids.shape[1]
+        padded = torch.nn.functional.pad(ids, (0, 20 - count))
+        with torch.no_grad():
+            expected = network(ids).last_hidden_state[0]
+            masked = network(padded, attention_mask=(padded > 0).long()).last_hidden_state[0, :count]
+        tokens = encode(text)
+        assert tokens.shape == (20, 32)
+        assert tokens.dtype == torch.float32
+        torch.testing.assert_close(tokens[:count], expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(tokens[:count], masked, rtol=0, atol=1e-5)
+        assert not tokens[count:].any()
+
+
+def test_bert_is_frozen_and_silent(bert, heard):
+    state = torch.get_rng_state()
+    encode = BERTText(str(bert[0]), length=20)
+    tokens = encode("the spleen")
+    assert torch.equal(state, torch.get_rng_state()), "a run draws the same with and without a cache"
+    assert not tokens.requires_grad
+    assert not encode.loaded[1].training
+    assert not [p for p in encode.loaded[1].parameters() if p.requires_grad or p.dtype != torch.float32]
+    assert torch.equal(tokens, encode("the spleen"))
+    assert not heard.records
+
+
+def test_a_cut_report_says_what_is_lost(bert, caplog):
+    encode = BERTText(str(bert[0]), length=5)
+    for _ in range(2):
+        assert torch.equal(encode("脾脏缺如增大"), encode("脾脏缺"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "prompt '脾脏缺如增大' has more than 5 tokens, cut off: '如 增 大'"
+    ]
+    assert BERTText(str(bert[0]), length=None)("脾").shape == (40, 32)
+
+
+def test_bert_lengths(bert):
+    with pytest.raises(ValueError, match="at least 3"):
+        BERTText("any", length=2)
+    with pytest.raises(ValueError, match="reads 40 tokens, length is 512: set 40 or less"):
+        BERTText(str(bert[0]))("")
+
+
+@pytest.mark.parametrize("broken", ["vocab.txt", "model.safetensors", "config.json", "half"])
+def test_broken_bert(bert, tmp_path, broken):
+    folder = Path(shutil.copytree(bert[0], tmp_path / "bert"))
+    if broken == "half":
+        weights = load_file(folder / "model.safetensors")
+        weights = {k: v for k, v in weights.items() if "layer.1" not in k}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        (folder / broken).unlink()
+    with pytest.raises(ValueError, match=rf"text encoder {folder} cannot be loaded \(.+\): {WAYS_OUT}"):
+        BERTText(str(folder), length=20)("")
+
+
+def test_bert_without_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(RuntimeError, match=r"text encoder nghuyong/ernie-health-zh needs the package transformers"):
+        BERTText("nghuyong/ernie-health-zh")("脾大")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Cache
 
 
@@ -351,6 +600,30 @@ def test_no_encoder_is_needed_when_the_file_has_all(tmp_path, monkeypatch):
         contexts("a new prompt")
 
 
+def test_reports_are_encoded_once_for_all_runs(tmp_path, monkeypatch):
+    path, calls = tmp_path / "contexts.pt", []
+    call = AttributeEncoder.__call__
+    monkeypatch.setattr(AttributeEncoder, "__call__", lambda self, text: (calls.append(text), call(self, text))[1])
+    first = CachedText(AttributeEncoder(), path)
+    first.encode_all([*SAME, *SAME])
+    assert calls == SAME
+    again = CachedText(AttributeEncoder(), path)
+    assert all(torch.equal(again(text), first(text)) for text in SAME)
+    assert calls == SAME, "another run reads the file"
+    assert CachedText(AttributeEncoder(length=8), path)(SAME[0]).shape == (8, 64)
+    assert calls == [*SAME, SAME[0]], "other settings are another encoder"
+
+
+def test_bert_is_not_needed_when_the_file_has_all(bert, tmp_path, monkeypatch):
+    first = CachedText(BERTText(str(bert[0]), length=20), tmp_path / "contexts.pt")
+    first.encode_all(["脾脏增大", ""])
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    again = CachedText(BERTText(str(bert[0]), device="cuda", length=20), tmp_path / "contexts.pt")
+    assert torch.equal(again("脾脏增大"), first("脾脏增大"))
+    with pytest.raises(RuntimeError, match="transformers"):
+        again("脾脏缺如")
+
+
 @pytest.mark.parametrize("content", ["empty", "text", "cut", "weights", "tensor", "list", "folder"])
 def test_damaged_and_foreign_files(tmp_path, content):
     path = tmp_path / "contexts.pt"
@@ -415,3 +688,11 @@ def test_names_and_default():
 def test_a_prompt_that_is_no_text():
     with pytest.raises(CaseError, match=r"case c7: prompt is \['a'\], expected text"):
         Contextd(HashedWords())({"name": "c7", "prompt": ["a"]})
+
+
+def test_denials_in_parts_of_the_bowel_are_one_and_say_nothing_beside_a_tumour() -> None:
+    encode = AttributeEncoder()
+    assert torch.equal(encode("No mass is seen in the colon or rectum."), encode("No tumour."))
+    there = "A mass of 3.0 cm in the sigmoid colon."
+    assert torch.equal(encode(f"{there} No mass in the rectum."), encode(there))
+    assert not torch.equal(encode("No mass in the liver."), encode("No tumour."))

@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -13,12 +14,27 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_command
+from monai.bundle import ConfigParser
 from PIL import Image
 
+from common.categorical import CategoricalScheduler
+from common.execution import FastPath
 from common.mask_statistics import ShrunkKDE, save_statistics
 from common.pictures import COLOURS
 from common.semantics import Lesion
-from tools import benchmark_siamese, verify
+from tools import benchmark_guidegen, benchmark_siamese, verify
+from tools.benchmark_guidegen import (
+    LiteralCategorical,
+    MaskSteps,
+    MaskVolumes,
+    SliceVolumes,
+    as_it_is,
+    cohort_numbers,
+    measure_masks,
+    measure_side_by_side,
+    measure_slices,
+    unfused,
+)
 from tools.benchmark_siamese import STEPS, PairBench, StepBench, measure_guidance, measure_pairs, measure_passes
 from tools.demo import picture
 from tools.measuring import bundle_config
@@ -252,4 +268,145 @@ def test_benchmark_of_pairs_prints_tables(siamese_weights: Path):
         "250",
         "50",
         "2",
+    ]
+
+
+LABELS = CategoricalScheduler(50, 4)
+
+
+def labels_and_logits(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(len(shape))
+    return torch.randint(0, 4, (2, 1, *shape), generator=g), 2 * torch.randn(2, 4, *shape, generator=g, dtype=dtype)
+
+
+@pytest.mark.parametrize(("t", "s"), [(49, 30), (20, 19), (1, 0)])
+def test_tables_of_every_x_0_are_what_ours_sums_up(t: int, s: int):
+    x_t, logits = labels_and_logits(5, 3, 2)
+    w, plain = logits.softmax(dim=1), LiteralCategorical(LABELS, slab=2)
+    mixed = plain.mixture(x_t, w, t, s)
+    near = {"atol": 1e-6, "rtol": 0}  # one_hot is float32
+    torch.testing.assert_close(LABELS.mixture(x_t, w, t, s), mixed, **near)
+    torch.testing.assert_close(LABELS.posterior_mixture(x_t, logits, t, s).exp(), mixed, **near)
+    torch.testing.assert_close(LiteralCategorical(LABELS, slab=100).mixture(x_t, w, t, s), mixed, **near)
+    x_0 = x_t.flip(0)
+    true = plain.posterior(x_t, x_0, t, s)
+    torch.testing.assert_close(LABELS.posterior(x_t, x_0, t, s).exp(), true, **near)
+    slopes = []
+    for kl in (plain.kl, LABELS.kl):
+        leaf = logits.clone().requires_grad_()
+        value = kl(x_0, x_t, leaf, t, s)
+        slopes.append((value.detach(), torch.autograd.grad(value.sum(), leaf)[0]))
+    for literal, ours in zip(*slopes, strict=True):
+        torch.testing.assert_close(ours, literal, atol=2e-6, rtol=1e-4)
+
+
+def test_literal_draws_have_their_probabilities():
+    torch.manual_seed(0)
+    t, s, plain = 20, 10, LiteralCategorical(LABELS)
+    x_t, logits = labels_and_logits(1, 1, dtype=torch.float32)
+    x_t, many = x_t[:1], (1, -1, 200, 200)
+    noised = plain.add_noise(x_t.expand(many), t)
+    drawn = plain.step(logits[:1].expand(many), x_t.expand(many), t, s)
+    for labels, due in (
+        (noised, LABELS.marginal(x_t, t)),
+        (drawn, LABELS.mixture(x_t, logits[:1].softmax(dim=1), t, s)),
+    ):
+        assert labels.shape == (1, 1, 200, 200)
+        shares = torch.bincount(labels.flatten().long(), minlength=4) / labels.numel()
+        torch.testing.assert_close(shares, due.flatten(), atol=0.01, rtol=0)
+
+
+@pytest.fixture
+def guidegen(repo: Path, tmp_path: Path) -> ConfigParser:
+    """Smoke size with random weights that do not predict zero."""
+    torch.manual_seed(0)
+    for name in ("mask_network", "network"):
+        parser = verify.parser(repo / "bundles/guidegen", "inference", "smoke")
+        state = verify.build(parser, "cpu", f"{name}_def").state_dict()
+        torch.save({k: v + 0.1 * torch.randn(v.shape) for k, v in state.items()}, tmp_path / f"{name}.pt")
+    parser = bundle_config("guidegen", ["smoke"], tmp_path / "network.pt")
+    parser["mask_weights"] = str(tmp_path / "mask_network.pt")
+    parser["mask_train_timesteps"] = 6
+    return parser
+
+
+def test_masks_are_trained_and_drawn_alike_on_either_path(guidegen: ConfigParser):
+    bench = MaskSteps(guidegen, 2, CPU)
+    fast = bench.network()
+    torch.nn.init.normal_(fast.out[2].conv.weight, std=0.1)
+    plain = unfused(fast)
+    flags = [{m.use_flash_attention for m in n.modules() if hasattr(m, "use_flash_attention")} for n in (plain, fast)]
+    assert flags == [{False}, {True}]
+    drawn = [
+        bench.sampling(plain, as_it_is)(),
+        bench.sampling(fast, partial(FastPath, precision="float32"))(),
+    ]
+    torch.testing.assert_close(*drawn, atol=1e-4, rtol=0)
+    literal = bench.training(plain, as_it_is)
+    ours = bench.training(fast, partial(FastPath, precision="float32"))
+    losses = [float(literal()), float(literal())]
+    assert [float(ours()), float(ours())] == pytest.approx(losses, rel=1e-4)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-4), "the optimiser made a step"
+
+
+def test_networks_of_voxels_and_patches_differ_at_the_door_alone(guidegen: ConfigParser):
+    bench = MaskSteps(guidegen, 1, CPU)
+    voxels, patches = (bench.network(patch) for patch in (1, 2))
+    assert (voxels.patch_size, patches.patch_size) == (1, 2)
+    assert guidegen["mask_patch_size"] == 2
+    shapes = [{k: tuple(v.shape) for k, v in n.state_dict().items()} for n in (voxels, patches)]
+    assert {k.split(".")[0] for k in shapes[0] if shapes[0][k] != shapes[1][k]} == {"conv_in", "out"}
+
+
+def test_cohorts_of_label_volumes_are_compared_on_equal_reports_and_seeds(guidegen: ConfigParser):
+    bench = MaskVolumes(guidegen, 3, CPU)
+    labels, _ = bench.timed(bench.full)
+    assert labels.shape == (3, 1, 24, 24, 6)
+    assert len(labels.unique()) > 2
+    assert torch.equal(labels[:1], bench.draw(bench.full, n=1)), "a case's draw is its own"
+    cohort = bench.cohort(labels)
+    same = cohort_numbers(cohort, cohort)
+    assert (same["coverage"], same["least"], same["occurrence"]) == (1, 1, 0)
+    rows = measure_masks(bench, [6, 2])
+    assert [row[0] for row in rows] == ["6 (reference)", "6, other seeds", "6", "2"]
+    assert rows[2][2:5] == ["1.000", "1.000", "0.000"], "the reference over again"
+    assert float(rows[1][2]) < 1
+    assert float(rows[3][2]) < 1
+
+
+def test_ct_volumes_are_compared_inside_the_body(guidegen: ConfigParser, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(benchmark_guidegen, "REFERENCE_CALLS", 5)
+    torch.manual_seed(0)  # of the autoencoder, which has no weights at this size
+    bench = SliceVolumes(guidegen, 2, CPU)
+    assert bench.layout.shape == (2, 1, 24, 24, 16)
+    real = torch.as_tensor(bench.real).float()
+    assert bench.jumps(real) == pytest.approx([1, 1])
+    outside = bench.layout[:, 0] == 0
+    assert bench.rmse(real, torch.where(outside, real + 100, real)) == 0
+    assert bench.rmse(real, torch.where(outside, real, real + 100)) == pytest.approx(100)
+    rows = measure_slices(bench, [5, 2])
+    assert [row[0] for row in rows] == ["5", "5, other seeds", "5", "2"]
+    assert rows[2][2] == "0.0 HU", "the reference over again"
+    assert min(float(rows[i][2].split()[0]) for i in (1, 3)) > 0
+    assert [row[0] for row in measure_side_by_side(bench, 1)] == ["2 volumes", "4 volumes"]
+
+
+@pytest.mark.bundle
+def test_benchmark_of_a_cascade_prints_tables():
+    command = ["guidegen", "--preset", "smoke", "--runs", "1", "--batch", "2", "--cases", "1", "--calls", "2"]
+    done = run_command(sys.executable, "tools/benchmark.py", *command, "--volume", "8", "12", "10")
+    assert done.returncode == 0, done.stdout[-3000:]
+    rows = [line.strip("| \n").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
+    titles = [row[0] for row in rows]
+    for title in ("8 x 12 x 10", "whole step, softmax and draw included", "two sampling calls", "network call"):
+        assert title in titles
+    assert [title for title in titles if title[0].isdigit()][-8:] == [
+        "250 (reference)",
+        "250, other seeds",
+        "2",
+        "50",
+        "50, other seeds",
+        "2",
+        "2 volumes",
+        "4 volumes",
     ]

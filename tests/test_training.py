@@ -75,6 +75,23 @@ def test_the_average_follows_the_papers_rule():
     assert not any(p.requires_grad for p in ema.module.parameters())
 
 
+@pytest.mark.parametrize("every", [1, 5])
+def test_the_average_may_warm_up(every):
+    """The n-th update weighs the past by (1 + n) / (10 + n), until that is more than the decay; it needs no counter."""
+    network = Tiny()
+    ema, expected = WeightEMA(network, 0.9, every=every, warmup=True), network.weight[0].item()
+    weights = []
+    for n in range(1, 121):
+        network.weight.data += 1
+        state = type("State", (), {"iteration": n * every})
+        ema(type("Engine", (), {"state": state}))
+        weights.append(min(0.9, (1 + n) / (10 + n)))
+        expected = weights[-1] * expected + (1 - weights[-1]) * network.weight[0].item()
+        assert ema.module.weight[0].item() == pytest.approx(expected, rel=1e-5)
+    assert weights[0] == 2 / 11
+    assert weights[-1] == 0.9
+
+
 def test_the_average_ignores_memory_layout():
     network = nn.Conv3d(2, 3, 3).to(memory_format=torch.channels_last_3d)
     ema = WeightEMA(nn.Conv3d(2, 3, 3), decay=0.5)

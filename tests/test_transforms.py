@@ -22,8 +22,10 @@ from common.transforms import (
     ColumnUnscaled,
     CropNoduled,
     FillMissingImaged,
+    FillMissingLayoutd,
     FromMaskd,
     FromPictured,
+    KeepGivend,
     LayoutToConditiond,
     LoadCased,
     MapLayoutd,
@@ -174,6 +176,51 @@ def test_a_missing_image_is_unknown_everywhere() -> None:
     assert data["image"].isnan().all()
     np.testing.assert_allclose(data["image"].affine, AFFINE)
     assert FillMissingImaged("image", "layout")({"layout": layout, "image": layout})["image"] is layout
+
+
+def test_a_missing_layout_is_a_frame_of_minus_one_around_the_worlds_origin() -> None:
+    fill = FillMissingLayoutd("layout", (6, 5, 4), (360, 270, 384))
+    data = {"report": "no tumour"}
+    frame = fill(data)["layout"]
+    assert frame.shape == (1, 6, 5, 4)
+    assert (frame == -1).all()
+    assert "layout" not in data
+    affine = np.asarray(frame.affine)
+    np.testing.assert_allclose(np.diag(affine), [60, 54, 96, 1])
+    corners = [affine @ [*c, 1] for c in ((-0.5, -0.5, -0.5), (5.5, 4.5, 3.5))]
+    np.testing.assert_allclose(corners, [[-180, -135, -192, 1], [180, 135, 192, 1]])
+    assert torch.equal(Orientationd("layout", axcodes="RAS", labels=None)(fill(data))["layout"], frame), "it is RAS"
+    whole = FillMissingLayoutd("layout", [2, 2, 2], [3, 3, 3])({})["layout"]
+    np.testing.assert_allclose(np.diag(whole.affine), [1.5, 1.5, 1.5, 1])
+
+
+def test_a_layout_that_is_there_is_kept() -> None:
+    layout = volume(chest())
+    assert FillMissingLayoutd("layout", (6, 5, 4), (1, 1, 1))({"layout": layout})["layout"] is layout
+
+
+def test_what_a_case_brought_stays_and_what_it_lacked_is_what_was_drawn() -> None:
+    keep = KeepGivend("pred", "label")
+    drawn, brought = volume(chest() * 0 + 3, "drawn.nii"), volume(chest(), "seg.nii")
+    data = {"pred": drawn, "label": brought}
+    kept = keep(data)["pred"]
+    assert torch.equal(kept.as_tensor(), brought.as_tensor())
+    np.testing.assert_allclose(kept.affine, AFFINE)
+    assert data["pred"] is drawn
+    empty = FillMissingLayoutd("label", drawn.shape[1:], (1, 1, 1))({"pred": drawn})
+    assert keep(empty)["pred"] is drawn
+    background = {"pred": drawn, "label": volume(chest() * 0)}
+    assert not keep(background)["pred"].any(), "a layout of background is a layout"
+
+
+def test_resampled_labels_come_back_as_they_were_brought() -> None:
+    """There and back through a coarser grid loses labels: what was given is not what comes back by inversion."""
+    prepare = Compose([CopyItemsd("layout", names="label"), Resized("layout", (10, 10, 10), mode="nearest-exact")])
+    data = prepare({"layout": volume(chest(nodule=np.s_[5:6, 5:6, 5:6]))})
+    data["pred"] = MetaTensor(data["layout"].as_tensor())
+    inverted = Invertd("pred", prepare, orig_keys="layout", nearest_interp=True, to_tensor=True)(data)
+    assert not torch.equal(inverted["pred"].as_tensor(), data["label"].as_tensor())
+    assert torch.equal(KeepGivend("pred", "label")(inverted)["pred"].as_tensor(), data["label"].as_tensor())
 
 
 def test_the_condition_is_strictly_plus_or_minus_one() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from monai.networks.nets import ControlNet, DiffusionModelUNet
+from monai.networks.utils import pixelshuffle, pixelunshuffle
 from torch import nn
 
 from common.unet import DiffusionUNet, timestep_embedding
@@ -219,6 +220,36 @@ def test_words_without_a_table_and_a_table_without_attention_teach():
         make(2, "cross-attention")(**inputs(2), context=torch.zeros(2, 4, dtype=torch.long))
     with pytest.raises(ValueError, match="num_words 9 needs cross-attention: set with_conditioning"):
         make(2, num_words=9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Patches
+
+
+@dims
+@pytest.mark.parametrize("kind", ["plain", "cross-attention"])
+def test_a_patch_is_folded_into_channels_and_unfolded(d, kind):
+    arguments = {**CHANNELS, "num_head_channels": 8, **KINDS[kind]}
+    folded = shuffled(DiffusionUNet(d, 2, 3, patch_size=2, **arguments))
+    inner = shuffled(DiffusionUNet(d, 2 * 2**d, 3 * 2**d, **arguments))
+    assert (folded.in_channels, folded.out_channels) == (2, 3), "as seen from outside"
+    assert folded.state_dict().keys() == inner.state_dict().keys()
+    inner.load_state_dict(folded.state_dict())
+    values = {**inputs(d, kind), "x": torch.randn(2, 2, *[16] * d)}
+    ours = folded(**values)
+    assert ours.shape == (2, 3, *[16] * d)
+    coarse = inner(**{**values, "x": pixelunshuffle(values["x"], d, 2)})
+    assert torch.equal(ours, pixelshuffle(coarse, d, 2))
+
+
+@dims
+def test_a_patch_of_one_changes_nothing(d):
+    assert torch.equal(make(d, patch_size=1)(**inputs(d)), make(d)(**inputs(d)))
+
+
+def test_sides_that_do_not_fold_teach():
+    with pytest.raises(ValueError, match="divisible"):
+        make(2, patch_size=2)(torch.randn(1, 1, 9, 8))
 
 
 def test_it_can_be_exported_and_traced():
