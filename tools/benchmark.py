@@ -3,6 +3,7 @@
     python tools/benchmark.py lung_ddpm [--preset paper] [--runs 5] [--skip-samplers]
     python tools/benchmark.py cmdm [--weights FILE] [--cases 64]
     python tools/benchmark.py siamese_diffusion [--batch 16] [--cases 16] [--calls 20 10]
+    python tools/benchmark.py guidegen [--batch 4] [--cases 16] [--volume 64 128 128]
 
 Prints Markdown for docs/README.md; what is timed in pairs, as medians. "Plain" is MONAI's ``DiffusionModelUNet`` as its
 defaults make it, or the bundle's own network where MONAI has none: float32, contiguous, attention materialised, a
@@ -27,6 +28,7 @@ sys.path.insert(0, str(REPO))
 
 from common.execution import FastPath  # noqa: E402
 from common.schedules import DDPM  # noqa: E402
+from tools.benchmark_guidegen import cascade_samplers, mask_paths  # noqa: E402
 from tools.benchmark_masks import mask_samplers  # noqa: E402
 from tools.benchmark_siamese import pair_samplers, siamese_paths  # noqa: E402
 from tools.benchmark_volumes import volume_samplers  # noqa: E402
@@ -45,6 +47,13 @@ def single_paths(parser: ConfigParser, arguments: argparse.Namespace, device: to
     yield table([unit, "plain", "fast path", "ratio", "peak memory, plain", "peak memory, fast"], rows)
 
 
+def cascade_paths(parser: ConfigParser, arguments: argparse.Namespace, device: torch.device) -> Iterator[str]:
+    """The tables of a cascade's two networks."""
+    yield from mask_paths(parser, arguments, device)
+    yield "The network of the images:"
+    yield from single_paths(parser, arguments, device)
+
+
 def random_condition(network: Any, image: torch.Tensor) -> tuple[torch.Tensor, str]:
     """A condition for a batch, and how it reaches the network: further channels, or a row beside the image."""
     channels = network.in_channels - network.out_channels
@@ -57,7 +66,8 @@ def measure_paths(parser: ConfigParser, batch: int, runs: int, device: torch.dev
     """Rows: network call and training step, plain against fast."""
     ours: Any = network_of(parser, device, trained=False)
     plain = plain_twin(parser, ours, device)
-    size = parser.get_parsed_content("patch_size" if "patch_size" in parser else "image_size")
+    names = ("network_size", "patch_size", "image_size")
+    size = parser.get_parsed_content(next(name for name in names if name in parser))
     image = torch.randn(batch, ours.out_channels, *size, device=device)
     condition, mode = random_condition(ours, image)
     forward: dict[str, Any] = {
@@ -95,17 +105,19 @@ def measure_paths(parser: ConfigParser, batch: int, runs: int, device: torch.dev
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
-# What a bundle makes -> tables of its network, tables of its samplers.
+# What a bundle makes, and "report" if it reads one -> tables of its network, tables of its samplers.
 KINDS: dict[frozenset[str], tuple[Tables, Tables]] = {
     frozenset({"image", "layout"}): (single_paths, volume_samplers),
     frozenset({"mask"}): (single_paths, mask_samplers),
     frozenset({"image", "mask"}): (siamese_paths, pair_samplers),
+    frozenset({"report", "image", "layout"}): (cascade_paths, cascade_samplers),
 }
 
 
 def kind_of(parser: ConfigParser) -> frozenset[str]:
-    """What the bundle makes of a case."""
-    return frozenset(parser["saver"]["outputs"].values())
+    """What the bundle makes of a case, and of what if that is a report."""
+    read = {"report"} if "reports" in parser else set()
+    return frozenset(parser["saver"]["outputs"].values()) | read
 
 
 def main() -> int:
@@ -117,7 +129,11 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=5, help="timed pairs (default: 5)")
     parser.add_argument("--batch", type=int, help="cases in a call (default: the recipe's batch_size, without presets)")
     parser.add_argument("--calls", type=int, nargs="*", help="of the short samplers (default: as the bundle needs)")
-    parser.add_argument("--cases", type=int, help="to draw with each sampler (default: 64 masks, 16 images of masks)")
+    parser.add_argument("--cases", type=int, help="to draw with each sampler (default: 64 masks, else 16)")
+    parser.add_argument(
+        "--volume", type=int, nargs=3, default=[64, 128, 128], metavar=("X", "Y", "Z"),
+        help="of the categorical work (default: the published 64 128 128)",
+    )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="let the fast path compile the network too")
     parser.add_argument("--skip-samplers", action="store_true", help="time the network only")
     arguments = parser.parse_args()

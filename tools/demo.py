@@ -27,7 +27,9 @@ from common.io import list_synthetic  # noqa: E402
 from common.mask_metrics import errors, match  # noqa: E402
 from common.pictures import (  # noqa: E402
     asked_for,
+    captioned,
     centre_of,
+    label_plane,
     montage,
     photo,
     picture_of,
@@ -143,9 +145,30 @@ def picture_pairs(cases: Sequence[dict[str, Any]], output: Path, columns: int = 
     return [output / "montage.png"]
 
 
-# The files of a case that decide which picture shows it best; the first that it has.
+def picture_reports(cases: Sequence[dict[str, Any]], output: Path) -> list[Path]:
+    """Montage: for each case what the report asks for, the labels, and the CT, in three planes. GIF: through all."""
+    cells, volumes = [], []
+    for case in cases:
+        (volume, spacing), layout = load(case["image"]), load(case["layout"])[0]
+        at, window = centre_of(np.where(layout == layout.max(), 0, layout)), (volume.min(), volume.max())
+        labels = [label_plane(layout, axis, at[axis], spacing=spacing) for axis in (2, 1, 0)]
+        row = montage([[*labels, *planes(volume, at, window=window, spacing=spacing)]])
+        said = case["made_by"]["case"].get("report") or "(a label volume of one's own)"
+        cells.append([captioned(row, said)])
+        volumes.append((volume, window, spacing))
+    save_png(montage(cells), output / "montage.png")
+    frames = [
+        montage([[plane(v, 2, round(f * (v.shape[2] - 1)), window=w, spacing=s) for v, w, s in volumes]])
+        for f in np.linspace(0, 1, 48)
+    ]
+    save_gif(frames, output / "scroll.gif")
+    return [output / "montage.png", output / "scroll.gif"]
+
+
+# What of a case decides which picture shows it best; the first that it has.
 PICTURES: dict[frozenset[str], Callable[[Sequence[dict[str, Any]], Path], list[Path]]] = {
-    frozenset({"image", "layout"}): picture_volumes,
+    frozenset({"image", "layout", "reference"}): picture_volumes,
+    frozenset({"image", "layout"}): picture_reports,
     frozenset({"image", "mask"}): picture_pairs,
     frozenset({"mask"}): picture_masks,
 }

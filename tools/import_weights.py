@@ -33,12 +33,12 @@ from common.checkpoints import (  # noqa: E402
     select,
 )
 from common.io import atomic_path, sha256, write_json  # noqa: E402
-from common.ldm_layout import LATENT_DIFFUSION, by_parts  # noqa: E402
+from common.ldm_layout import LATENT_DIFFUSION, by_networks, by_parts  # noqa: E402
 
 LAYOUTS = ("authors", "monai_generative")
 # Rules that bundles share: an entry of import_rules.json says by "layout" which it stands on. And who reads by them.
 SHARED = {"monai_generative": MONAI_GENERATIVE, "latent_diffusion": LATENT_DIFFUSION}
-READERS: dict[str, Callable[..., Foreign]] = {"latent_diffusion": by_parts}
+READERS: dict[str, Callable[..., Foreign]] = {"latent_diffusion": by_parts, "networks": by_networks}
 
 
 class UsageError(ValueError):
@@ -51,10 +51,10 @@ def import_checkpoint(
     """Build a bundle's network at the size of a foreign checkpoint and fill it; arguments as of `import_components`.
 
     Returns:
-        (network on the CPU in evaluation mode, provenance card)
+        (network on the CPU in evaluation mode, of several the first; provenance card)
     """
     components, card = import_components(bundle_root, path, **options)
-    return components["network_def"], card
+    return next(iter(components.values())), card
 
 
 def import_components(
@@ -72,7 +72,8 @@ def import_components(
         bundle_root: folder of the bundle, with ``configs/inference.json`` and ``configs/import_rules.json``.
         path: the checkpoint.
         layout: whose names it uses: ``"authors"`` or ``"monai_generative"``.
-        part: which entry of the file to take in place of the rules' choice, e.g. ``"model"``.
+        part: which entry of the file to take in place of the rules' choice, e.g. ``"model"``; where weights and
+            averages lie side by side below prefixes, the prefix of those to take.
         preset: overlay in ``configs/`` to start from, e.g. ``"paper"``.
         knobs: values that win over those read off the weights.
 
@@ -80,15 +81,14 @@ def import_components(
         ({"network_def" or another component of the config: network on the CPU in evaluation mode}, provenance card)
     """
     root, path = Path(bundle_root).resolve(), Path(path)
-    rules = _rules(root, layout)
-    if part is not None:
-        rules["select"] = [part]
+    known = _rules(root, layout)
     presets = [f"configs/{preset}.json"] * (preset is not None)
     _check_knobs(_parser(root, presets), knobs)
+    content = read_weights(path)
+    rules = _fitting(content, [_chosen(each, part) for each in known])
     # What the weights cannot tell stands among the rules' constants, until the user says otherwise.
     constants = rules.get("constants", {})
     rules["constants"] = {**constants, **{k: v for k, v in knobs.items() if k in constants}}
-    content = read_weights(path)
     state, name = select(content, rules)
     found = READERS.get(rules.get("layout", ""), by_rules)(state, rules, knobs)
     overlays = read_knobs(state, {**rules, "knobs": {"overlays": rules.get("overlays", [])}})["overlays"]
@@ -114,7 +114,7 @@ def import_components(
             "filled": sum(len(network.state_dict()) for network in components.values()),
             "parts": _parts(found, components),
         },
-        "parameters": sum(p.numel() for p in components["network_def"].parameters()),
+        "parameters": sum(p.numel() for p in next(iter(components.values())).parameters()),
         "notes": list(found.notes),
         "ready": found.ready,
         "versions": {"monai": monai.__version__, "torch": torch.__version__},
@@ -136,14 +136,48 @@ def _parts(found: Foreign, components: Mapping[str, torch.nn.Module]) -> dict[st
     }
 
 
-def _rules(root: Path, layout: str) -> dict[str, Any]:
+def _rules(root: Path, layout: str) -> list[dict[str, Any]]:
+    """Rules for a layout; a bundle that reads several kinds of files has a list of them."""
     path = root / "configs" / "import_rules.json"
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if layout not in content and layout not in SHARED:
         raise UsageError(f"{path} has no rules for layout {layout!r}, only {[k for k in content if k in LAYOUTS]}")
     own = content.get(layout, {})
+    return [_shared(rules, layout) for rules in (own if isinstance(own, list) else [own])]
+
+
+def _shared(own: Mapping[str, Any], layout: str) -> dict[str, Any]:
+    """A bundle's rules on top of those they stand on."""
     shared = SHARED.get(own.get("layout", layout), {})
     return {**shared, **own, "knobs": {**shared.get("knobs", {}), **own.get("knobs", {})}}
+
+
+def _chosen(rules: Mapping[str, Any], part: str | None) -> dict[str, Any]:
+    """The rules with the user's choice of a part in place of their own."""
+    if part is None:
+        return dict(rules)
+    prefix = f"{part.rstrip('.')}."
+    return {**rules, "take": prefix} if prefix in rules.get("averages", []) else {**rules, "select": [part]}
+
+
+def _fitting(content: Mapping[str, Any], known: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first rules whose ``when``, an expression over the selected weights, holds; without one they always fit."""
+    begins: list[str] = []
+    for rules in known:
+        if "when" not in rules:
+            return rules
+        try:
+            state, _ = select(content, rules)
+        except CheckpointError:
+            continue
+        begins = list(state)[:3]
+        if read_knobs(state, {"knobs": {"fits": rules["when"]}})["fits"]:
+            if "refuse" in rules:
+                raise CheckpointError(rules["refuse"])
+            return rules
+    held = f"weights that begin {', '.join(begins)}" if begins else f"no weights among {', '.join(map(repr, content))}"
+    expected = "; ".join(rules["_desc_"] for rules in known if "refuse" not in rules)
+    raise CheckpointError(f"none of the bundle's rules fits the file, which holds {held}; they take {expected}")
 
 
 def _parser(root: Path, overlays: Iterable[str]) -> ConfigParser:
@@ -181,14 +215,29 @@ def _describe(value: Any) -> Any:
     return f"{type(value).__name__} of {len(value)}" if isinstance(value, (Mapping, list)) else type(value).__name__
 
 
-def write(components: Mapping[str, torch.nn.Module], card: dict[str, Any], output: Path, root: Path) -> None:
-    """Write weights, their card ``model.json`` and the overlay ``imported.json``; what was there first is kept.
+def _named(component: str) -> str:
+    """Name of a component's files: ``network_def`` is the model, another one is called as in the config."""
+    return "model" if component == "network_def" else component.removesuffix("_def").removesuffix("_network")
 
-    ``network_def`` becomes ``model.pt``, another component ``NAME_def`` becomes ``NAME.pt``, which the overlay names as
-    ``NAME_weights``.
+
+def _overlay(name: str) -> str:
+    """File of the knobs that come with a card, so that several imports may lie side by side."""
+    return "imported.json" if name == "model" else f"imported_{name}.json"
+
+
+def write(components: Mapping[str, torch.nn.Module], card: dict[str, Any], output: Path, root: Path) -> str:
+    """Write weights, their card and their knobs as an overlay; what was there first is kept.
+
+    ``network_def`` becomes ``model.pt``, another component ``NAME_def`` or ``NAME_network_def`` becomes ``NAME.pt``,
+    which the overlay names as ``NAME_weights``. Card ``NAME.json`` and overlay, ``imported.json`` for the model and
+    ``imported_NAME.json`` for others, are called by the first of them.
+
+    Returns:
+        name of the first component's files
     """
-    names = {k: "model" if k == "network_def" else k.removesuffix("_def") for k in components}
-    for written in [*(f"{name}.pt" for name in names.values()), "model.json"]:
+    names = {component: _named(component) for component in components}
+    first = next(iter(names.values()))
+    for written in [*(f"{name}.pt" for name in names.values()), f"{first}.json"]:
         old = output / written
         kept = old.with_suffix(f".previous{old.suffix}")
         if old.is_file() and not kept.is_file():
@@ -196,20 +245,23 @@ def write(components: Mapping[str, torch.nn.Module], card: dict[str, Any], outpu
                 shutil.copy2(old, temporary)
     overlay = {"_desc_": f"Knobs of {card['source']['file']}.", **card["knobs"]}
     for component, network in components.items():
-        file = output / f"{names[component]}.pt"
+        name = names[component]
+        file = output / f"{name}.pt"
         with atomic_path(file) as temporary:
             torch.save(network.state_dict(), temporary)
-        if component == "network_def":
+        if name == first:
             card["weights_sha256"] = sha256(file)
         else:
-            card[names[component]] = {
+            card[name] = {
                 "file": file.name,
                 "parameters": sum(p.numel() for p in network.parameters()),
                 "weights_sha256": sha256(file),
             }
-            overlay[f"{names[component]}_weights"] = _place(file, root)
-    write_json(output / "model.json", card)
-    write_json(output / "imported.json", overlay)
+        if component != "network_def":
+            overlay[f"{name}_weights"] = _place(file, root)
+    write_json(output / f"{first}.json", card)
+    write_json(output / _overlay(first), overlay)
+    return first
 
 
 def _place(file: Path, root: Path) -> str:
@@ -219,19 +271,37 @@ def _place(file: Path, root: Path) -> str:
     return file.as_posix()
 
 
-def _commands(root: Path, output: Path, card: Mapping[str, Any]) -> list[str]:
-    """Say how to use what was written, from the bundle's folder: to synthesise, and to train on where a bundle can."""
-    uses = [("Now run:  ", "inference", "weights")] if card["ready"] else []
+def _commands(root: Path, output: Path) -> list[str]:
+    """Say how to use what lies imported in a folder, from the bundle's: to synthesise, and to train on where it can."""
+    imports = _imports(output)
+    if "model" not in imports:
+        return []
+    model = imports["model"]
+    # Of another variant than the model is what stands on other overlays.
+    files = [_overlay(name) for name, card in imports.items() if {*card["overlays"]} <= {*model["overlays"]}]
+    uses = [("Now run:  ", "inference", "weights")] if model["ready"] else []
     train = root / "configs" / "train.json"
     if train.is_file() and "base" in json.loads(train.read_text(encoding="utf-8")):
         uses.append(("Or train: " if uses else "Now train:", "train", "base"))
     commands = []
     for verb, config, knob in uses:
-        files = [f"configs/{config}.json", *card["overlays"], output / "imported.json"]
-        listed = ",".join(f"'{file}'" for file in files)
-        run = f'python -m monai.bundle run --config_file "[{listed}]" --{knob} {output / "model.pt"}'
+        listed = [f"configs/{config}.json", *model["overlays"], *(output / file for file in files)]
+        config_file = ",".join(f"'{file}'" for file in listed)
+        run = f'python -m monai.bundle run --config_file "[{config_file}]" --{knob} {output / "model.pt"}'
         commands.append(f"{verb} cd {root} && {run}")
     return commands
+
+
+def _imports(output: Path) -> dict[str, dict[str, Any]]:
+    """Cards of what was imported into a folder, by the name of its files, the model first."""
+    others = sorted(path.stem.removeprefix("imported_") for path in output.glob("imported_*.json"))
+    cards = {}
+    for name in ("model", *others):
+        files = output / _overlay(name), output / f"{name}.json"
+        if all(file.is_file() for file in files):
+            card = json.loads(files[1].read_text(encoding="utf-8"))
+            cards.update({name: card} if "overlays" in card else {})  # else trained here since
+    return cards
 
 
 def _arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -277,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         card |= {k: v for k in ("licence", "training_data") if (v := getattr(args, k)) is not None}
         output = Path(args.output).resolve() if args.output else root / "models"
-        write(components, card, output, root)
+        first = write(components, card, output, root)
     except (UsageError, CheckpointError, OSError) as error:
         print(f"import_weights: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
@@ -286,10 +356,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{args.checkpoint} ({card['part']}): {keys['used']} keys used, {dropped} dropped, {keys['filled']} filled")
     for name, part in keys["parts"].items() if len(keys["parts"]) > 1 else ():
         print(f"  {name}: {part['used']} of {part['in_file']} keys used, {part['filled']} filled in {part['fills']}")
-    print(f"{output / 'model.pt'}: {card['parameters']} parameters; trained on: {card['training_data']}")
+    print(f"{output / first}.pt: {card['parameters']} parameters; trained on: {card['training_data']}")
     for note in card["notes"]:
         print(f"Note: {note}")
-    print("\n".join(_commands(root, output, card)))
+    for command in _commands(root, output):
+        print(command)
     return 0
 
 

@@ -50,6 +50,14 @@ PAPER_PARAMETERS: dict[str, dict[tuple[str, ...], int]] = {
         ("train", "train_plus", "paper_plus"): 39_051_393,
         ("inference", "inference_plus", "paper_plus"): 39_051_393,
     },
+    "guidegen": {
+        ("train", "paper"): 267_541_124,
+        ("inference", "paper"): 267_541_124,
+        ("train", "pixel", "paper_pixel"): 172_883_713,
+        ("inference", "pixel", "paper_pixel"): 172_883_713,
+        ("train", "train_mask", "paper", "paper_mask", "unconditional"): 95_402_060,
+        ("train", "train_mask", "paper", "paper_mask"): 115_439_308 + 40_946_688,
+    },
     "siamese_diffusion": {
         ("train", "paper"): 1_222_977_476,
         ("inference", "paper"): 1_222_977_476,
@@ -60,6 +68,7 @@ PAPER_PARAMETERS: dict[str, dict[tuple[str, ...], int]] = {
 MAY_DIFFER = {
     "_desc_": "each file describes itself",
     "output_dir": "training and synthesis write to different folders",
+    "batch_size": "training and synthesis fill memory differently",
     "phantom_cases": "training needs more of them",
     "phantom_seed": "synthesis starts from bodies that training has not seen",
     "cases": "training reads real cases; synthesis needs fewer files or none, repeats cases, goes on after a bad one",
@@ -71,8 +80,8 @@ FILES = ["LICENSE", "docs/README.md", "docs/data_license.txt", "models/model.pt"
 FILES += [f"configs/{name}" for name in ("metadata.json", "inference.json", "train.json", "logging.conf")]
 DATA = {"metadata", "import_rules"}  # JSON in configs/ that is no MONAI config
 # Knobs that name a file of weights, and the component it fills.
-FILLS = {"weights": "network_def", "autoencoder_weights": "autoencoder_def"}
-MAX_MODELS = 10_000_000  # bytes of all that lies in models/, as it is in git
+FILLS = {"weights": "network_def", "mask_weights": "mask_network_def", "autoencoder_weights": "autoencoder_def"}
+MAX_MODELS = 15_000_000  # bytes of all that lies in models/, as it is in git
 
 HEAD = {
     "imports": ["$import glob", "$import os", "$import sys", "$import traceback"],
@@ -140,8 +149,9 @@ def build(parsed: ConfigParser, device: str = "meta", network: str = "network_de
 
 
 def grid(parsed: ConfigParser) -> list[int]:
-    """Spatial shape of what the network denoises: a latent, a patch, or the image."""
-    return list(parsed.get_parsed_content(next(k for k in ("latent_size", "patch_size", "image_size") if k in parsed)))
+    """Spatial shape of what the network denoises: of its own name, or of a latent, a patch, or the image."""
+    names = ("network_size", "latent_size", "patch_size", "image_size")
+    return list(parsed.get_parsed_content(next(k for k in names if k in parsed)))
 
 
 def channels_of(network: Any) -> tuple[int, int]:
