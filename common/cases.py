@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,39 @@ class CaseStream(IterableDataset):
         if self.failures:
             lines = "\n".join(f"  {name}: {reason}" for name, reason in self.failures.items())
             raise CaseError(f"{len(self.failures)} of {len(self.data)} cases failed, the others are done:\n{lines}")
+
+
+class EqualBatches(IterableDataset):
+    """Neighbours of equal shapes as batches; a case of another shape begins a new one, so that no case is padded.
+
+    The loader around it collates, and is told ``batch_size`` None.
+
+    Args:
+        dataset: yields preprocessed cases.
+        batch_size: how many cases a batch has at most.
+    """
+
+    def __init__(self, dataset: Iterable[Mapping[str, Any]], batch_size: int) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.dataset = dataset
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[list[Mapping[str, Any]]]:
+        """Yield lists of cases."""
+        batch: list[Mapping[str, Any]] = []
+        for case in self.dataset:
+            if batch and (len(batch) == self.batch_size or _shapes(case) != _shapes(batch[0])):
+                yield batch
+                batch = []
+            batch.append(case)
+        if batch:
+            yield batch
+
+
+def _shapes(case: Mapping[str, Any]) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in case.items() if isinstance(value, torch.Tensor)}
 
 
 def _explain(case: Case, error: BaseException) -> str:

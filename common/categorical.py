@@ -45,6 +45,8 @@ class CategoricalScheduler(ExactScheduler):
         mode: "consistent", or for parity "ccdm_v1", the published code with its defects: the cosine A_t lags a step,
             grids of fewer steps still make single steps, the loss has a cross-entropy of probabilities for logits.
         last_step: returns "argmax" of w, a "sample" from w, or "probs", w itself (B, K, *S), to average over runs.
+        evidence: add log q(x_t | x_0), what the voxel itself says, to what the network says: a network then need not
+            learn to copy its input, which rare labels take long for. Not in the published code.
         **schedule_args: arguments of the schedule.
     """
 
@@ -52,14 +54,14 @@ class CategoricalScheduler(ExactScheduler):
 
     def __init__(
         self, num_train_timesteps: int, num_classes: int, schedule: str = "cosine_exact", *,
-        mode: str = "consistent", last_step: str = "argmax", **schedule_args: Any,
+        mode: str = "consistent", last_step: str = "argmax", evidence: bool = False, **schedule_args: Any,
     ) -> None:  # fmt: skip
         super().__init__(num_train_timesteps, schedule, **schedule_args)
         if num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, background included, got {num_classes}")
         if mode not in ("consistent", "ccdm_v1") or last_step not in ("argmax", "sample", "probs"):
             raise ValueError(f"mode: consistent, ccdm_v1; last_step: argmax, sample, probs; got {mode}, {last_step}")
-        self.num_classes, self.mode, self.last_step = num_classes, mode, last_step
+        self.num_classes, self.mode, self.last_step, self.evidence = num_classes, mode, last_step, evidence
         if mode == "ccdm_v1" and schedule == "cosine_exact":  # f((t - 1) / T), neither shifted nor normalised
             s = schedule_args.get("s", 0.008)
             lagging = torch.cat([torch.ones(1).double(), self.alphas_cumprod[:-1]])
@@ -72,6 +74,11 @@ class CategoricalScheduler(ExactScheduler):
     def model_time(self, timesteps: Tensor) -> Tensor:
         """The time the network is told: CCDM counts steps from 1."""
         return timesteps + 1
+
+    def predict(self, denoise: Denoiser, x_t: Tensor, timesteps: Tensor) -> Tensor:
+        """Logits (B, K, *S) of x_0 for a label map x_t (B, 1, *S), timesteps (B,)."""
+        logits = denoise(self.one_hot(x_t), self.model_time(timesteps))
+        return logits + self.marginal(x_t, timesteps).log() if self.evidence else logits  # q is symmetric in its labels
 
     def prior(self, noise: Tensor) -> Tensor:
         """Uniform labels, x_T, from standard normal noise, in its dtype."""
@@ -230,7 +237,7 @@ class CategoricalInferer(Inferer):
         x_t = self.scheduler.add_noise(inputs, noise, timesteps)
         adapter = Concat() if mode == "concat" else CrossAttention()
         denoise = network if condition is None else adapter(network, condition)
-        logits = denoise(self.scheduler.one_hot(x_t), self.scheduler.model_time(timesteps))
+        logits = self.scheduler.predict(denoise, x_t, timesteps)
         return {"logits": logits, "x_t": x_t, "timesteps": timesteps}
 
 
@@ -239,32 +246,37 @@ class CategoricalKLLoss(nn.Module):
 
     Args:
         scheduler: the noise; its mode "ccdm_v1" makes this the published loss, with ``reduction="sum"``.
-        class_weights: of the true class of a voxel; None weighs all alike. The published cross-entropy ignores them.
+        class_weights: of the true class of a voxel, for the KL; None weighs all alike.
         reduction: over voxels, "mean" or "sum"; over cases always the mean.
         ce_weight: weight of the cross-entropy of x_0, an auxiliary that says at every time what the bound says late
             (Austin et al. 2021, 2107.03006, Eq. 5): what trains in minutes.
+        balance: weight of each class in that cross-entropy, so that small organs are learned as soon as large ones; the
+            logits stay those of the unweighted truth, as the weights join them (Menon et al. 2021, 2007.07314).
     """
 
     def __init__(
         self, scheduler: CategoricalScheduler, class_weights: Sequence[float] | None = None, reduction: str = "mean",
-        ce_weight: float = 0.0,
+        ce_weight: float = 0.0, balance: Sequence[float] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        weights = torch.ones(scheduler.num_classes) if class_weights is None else torch.tensor(list(class_weights))
-        if len(weights) != scheduler.num_classes or reduction not in ("mean", "sum"):
-            got = f"{len(weights)} class_weights for {scheduler.num_classes} classes, reduction {reduction!r}"
-            raise ValueError(f"expected one class weight a class and reduction 'mean' or 'sum', got {got}")
+        k = scheduler.num_classes
+        weights, balances = (torch.ones(k) if w is None else torch.tensor(list(w)) for w in (class_weights, balance))
+        if {len(weights), len(balances)} != {k} or not (balances > 0).all() or reduction not in ("mean", "sum"):
+            got = f"{len(weights)} class_weights, {len(balances)} in balance, {k} classes, reduction {reduction!r}"
+            raise ValueError(f"expected a class weight a class, balance above 0, reduction 'mean' or 'sum', got {got}")
         self.scheduler, self.class_weights, self.reduction, self.ce_weight = scheduler, weights, reduction, ce_weight
+        self.balance = balances
         self.latest: dict[str, Tensor] = {}
 
     def terms(self, pred: Mapping[str, Tensor], target: Tensor) -> dict[str, Tensor]:
         """KL and, where it is asked for, cross-entropy of each case (B,)."""
         logits, labels = _full(pred["logits"]), target[:, 0].long()
         kl = self.scheduler.kl(target, pred["x_t"], logits, pred["timesteps"])[:, 0]
-        weights = self.class_weights.to(kl)
-        found = {"kl": kl * weights[labels]}
+        found = {"kl": kl * self.class_weights.to(kl)[labels]}
         if self.ce_weight:
-            ce = nn.functional.cross_entropy(logits, labels, weight=weights, reduction="none")
+            balance = self.balance.to(kl)
+            shifted = logits + balance.log().view(-1, *[1] * (logits.ndim - 2))
+            ce = nn.functional.cross_entropy(shifted, labels, weight=balance, reduction="none")
             found["ce_x_0"] = self.ce_weight * ce
         if self.scheduler.mode == "ccdm_v1":  # probabilities taken for logits: it never falls below ln(1 + (K - 1) / e)
             found["ce"] = nn.functional.cross_entropy(logits.softmax(dim=1), labels, reduction="none")
@@ -285,5 +297,4 @@ class CategoricalSampler(DiffusionSampler):
         return self.scheduler.prior(super().initial(inputs, denoise, noise))
 
     def step(self, denoise: Denoiser, x: Tensor, t: Tensor, noise: Callable[[Tensor], Tensor]) -> Tensor:
-        at = self.scheduler
-        return super().step(lambda labels, times: denoise(at.one_hot(labels), at.model_time(times)), x, t, noise)
+        return super().step(lambda labels, times: self.scheduler.predict(denoise, labels, times), x, t, noise)

@@ -88,7 +88,7 @@ def montage(rows: Sequence[Sequence[Image.Image]], captions: Sequence[str] = ())
 
 
 def captioned(picture: Image.Image, text: str) -> Image.Image:
-    """A picture with lines of text above it; signs that the built-in font lacks (Chinese) show as boxes."""
+    """A picture with lines of text above it, in the letters that the built-in font has."""
     lines = textwrap.wrap(text, width=max(20, picture.width // 6)) or [""]
     sheet = ImageOps.expand(picture, (0, 15 * len(lines) + 4, 0, 0))
     for i, line in enumerate(lines):

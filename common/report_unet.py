@@ -49,6 +49,28 @@ class TextAdapter(nn.Module):
         return tokens + adapted if len(self.blocks) else tokens
 
 
+class Summary(nn.Module):
+    """One vector of a set of tokens, whatever their order (Deep Sets, Zaheer et al. 2017, 1703.06114).
+
+    Each token is read by itself before all are summed, so that what belongs together stays so: "spleen, enlarged;
+    liver, small" is not "spleen, small; liver, enlarged".
+
+    Args:
+        width: of the tokens, D.
+        hidden: of the layers.
+        outputs: of the vector.
+    """
+
+    def __init__(self, width: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.each = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
+        self.all = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, outputs))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Summarise tokens (B, L, D) -> (B, outputs)."""
+        return self.all(self.each(tokens).sum(dim=1))
+
+
 class ReportUNet(DiffusionUNet):
     """`DiffusionUNet` whose context is a report's tokens, rows of zeros where there is none.
 
@@ -62,6 +84,8 @@ class ReportUNet(DiffusionUNet):
         adapter_heads: its heads.
         adapter_head_channels: their width.
         adapter_dropout: its dropout.
+        summary_width: hidden width of a `Summary` of the tokens that joins the embedding of time, and so reaches every
+            block from the first step on; attention, which begins at zero, takes thousands to be heard. 0 for none.
         kwargs: of `DiffusionUNet`; with ``with_conditioning=False`` there is neither adapter nor text.
     """
 
@@ -76,15 +100,19 @@ class ReportUNet(DiffusionUNet):
         adapter_heads: int = 8,
         adapter_head_channels: int = 64,
         adapter_dropout: float = 0.0,
+        summary_width: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(spatial_dims, in_channels, out_channels, **kwargs)
         self.blank_channels = blank_channels
         self.adapter: TextAdapter | None = None
+        self.summary: Summary | None = None
         if self.with_conditioning:
             width = self.cross_attention_dim or 0
             self.adapter = TextAdapter(width, adapter_depth, adapter_heads, adapter_head_channels, adapter_dropout)
             self.nothing = nn.Parameter(torch.randn(1, 1, width))
+            if summary_width:
+                self.summary = Summary(width, summary_width, 4 * self.block_out_channels[0])
 
     def forward(  # type: ignore[override]
         self, x: Tensor, timesteps: Tensor | None = None, context: Tensor | None = None, **kwargs: Any
@@ -103,6 +131,10 @@ class ReportUNet(DiffusionUNet):
         if self.adapter is not None and context is None:
             context = self.nothing.new_zeros(len(x), 1, self.nothing.shape[-1])
         return super().forward(x, timesteps, context if self.adapter is not None else None, **kwargs)
+
+    def inform(self, emb: Tensor, context: Tensor | None) -> Tensor:
+        """Add the summary of the report to the embedding of time."""
+        return emb if self.summary is None or context is None else emb + self.summary(context)
 
     def tokens(self, context: Tensor | None) -> Tensor | None:
         """Adapted tokens; the learned one where nothing is said."""

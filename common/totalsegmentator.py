@@ -132,7 +132,7 @@ def find_body(image: np.ndarray, above: float = -300.0) -> np.ndarray:
 
 
 class MapOrgansd(Transform):
-    """Brings a segmentation's numbers to `ORGANS`, pastes the tumour, finds the body. Works on RAS+ volumes.
+    """Brings a segmentation's numbers to `ORGANS`, pastes the tumour, finds the body.
 
     Args:
         key: the label map (1, *S); a case without one is handed on.
@@ -200,7 +200,9 @@ class MapOrgansd(Transform):
         image = np.asarray(data[self.image])
         if image.ndim != 4 or len(image) != 1:
             raise CaseError(f"{_file(data, self.image)} has shape {image.shape}, expected one volume (1, X, Y, Z)")
-        body = find_body(image[0], self.body_above)
+        # Holes are filled in axial slices, whichever axis of the file points upwards.
+        up = int(np.abs(np.asarray(MetaTensor(data[self.image]).affine)[2, :3]).argmax())
+        body = np.moveaxis(find_body(np.moveaxis(image[0], up, 2), self.body_above), 2, up)
         if not body.any():
             raise CaseError(
                 f"{_file(data, self.image)} holds nothing above {self.body_above:g}: no body is found; "

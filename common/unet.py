@@ -179,7 +179,7 @@ class DiffusionUNet(DiffusionEncoder, DiffusionModelUNet):
         context = self.tokens(context)
         if self.patch_size > 1:
             x = pixelunshuffle(x, self.spatial_dims, self.patch_size)
-        emb = self.embed(x, timesteps, class_labels)
+        emb = self.inform(self.embed(x, timesteps, class_labels), context)
         h, skips = self.encode(x, emb, context)
         if down_block_additional_residuals is not None:
             skips = [s + r for s, r in zip(skips, down_block_additional_residuals, strict=True)]
@@ -195,6 +195,10 @@ class DiffusionUNet(DiffusionEncoder, DiffusionModelUNet):
         if self.words is None:
             raise ValueError("context holds numbers of words, the network no table of them: set num_words")
         return self.words(context)
+
+    def inform(self, emb: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+        """Hook: what else the embedding of time (B, 4 * channels[0]) is to carry, e.g. a summary of the tokens."""
+        return emb
 
     def decode(
         self,

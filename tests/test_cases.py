@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import monai
@@ -13,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import names, touch
-from monai.data import MetaTensor
+from monai.data import DataLoader, MetaTensor
 from monai.transforms import Compose, LoadImage
 from PIL import Image
 
-from common.cases import CaseSaver, CaseStream
+from common.cases import CaseSaver, CaseStream, EqualBatches
 from common.io import CaseError, list_cases, list_synthetic, sha256, unwrap
 from common.transforms import FromMaskd, FromPictured, LoadCased, ToHintd, ToPictured
 
@@ -64,6 +65,21 @@ def test_ranks_share_the_cases_exactly(world: int, monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv("RANK", str(rank))
         seen += [c["name"] for c in CaseStream(data, dict)]
     assert sorted(seen) == [c["name"] for c in data]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+def test_batches_hold_neighbours_of_equal_shapes_and_lose_none(batch_size: int) -> None:
+    depths = [4, 4, 4, 7, 4, 5, 5]
+    cases = [{"name": str(i), "layout": torch.full((1, 2, depth), i)} for i, depth in enumerate(depths)]
+    loader = DataLoader(EqualBatches(cases, batch_size), batch_size=None)
+    batches = list(loader)
+    assert [name for batch in batches for name in batch["name"]] == [case["name"] for case in cases]
+    for batch in batches:
+        count = len(batch["name"])
+        assert batch["layout"].shape == (count, 1, 2, depths[int(batch["name"][0])])
+        assert count <= batch_size
+    neighbours = [(len(a["name"]), a["layout"].shape[-1] == b["layout"].shape[-1]) for a, b in pairwise(batches)]
+    assert all(count == batch_size for count, alike in neighbours if alike), "a batch ended early for nothing"
 
 
 def test_unwrap_peels_off_monai_and_keeps_what_teaches() -> None:

@@ -204,12 +204,11 @@ def test_the_published_loss_has_a_floor():
     assert CategoricalKLLoss(scheduler)(pred, x_0).item() == pytest.approx(math.log(1 + 3 / math.e), abs=1e-5)
 
 
-def test_the_auxiliary_is_the_cross_entropy_of_x_0_weighed_as_the_bound_is():
+def test_the_auxiliary_is_the_cross_entropy_of_x_0():
     scheduler, t, x_0, x_t = kl_cases()
     pred = {"logits": random_logits(4, 4, 3, 3), "x_t": x_t, "timesteps": t}
+    due = torch.nn.functional.cross_entropy(pred["logits"], x_0[:, 0])
     weights = [1.0, 0.0, 2.0, 3.0]
-    ce = torch.nn.functional.cross_entropy(pred["logits"], x_0[:, 0], reduction="none")
-    due = (ce * torch.tensor(weights)[x_0[:, 0]]).mean()
     plain, loss = CategoricalKLLoss(scheduler, weights), CategoricalKLLoss(scheduler, weights, ce_weight=0.3)
     torch.testing.assert_close(loss(pred, x_0), plain(pred, x_0) + 0.3 * due)
     assert loss.latest.keys() == {"kl", "ce_x_0"}
@@ -217,6 +216,54 @@ def test_the_auxiliary_is_the_cross_entropy_of_x_0_weighed_as_the_bound_is():
     summed = CategoricalKLLoss(scheduler, weights, "sum", ce_weight=0.3)(pred, x_0)
     torch.testing.assert_close(summed, x_0[0].numel() * loss(pred, x_0))
     assert torch.equal(CategoricalKLLoss(scheduler, weights, ce_weight=0.0)(pred, x_0), plain(pred, x_0))
+
+
+def test_balance_makes_rare_classes_loud_and_leaves_the_truth_where_it_is():
+    """At logits = log p the expected gradient is 0 whatever the balance; away from it a rare class pulls harder."""
+    scheduler, truth = scheduler_of(20, 4), torch.tensor([0.9, 0.07, 0.02, 0.01])
+    t, x_t = torch.full((1,), 7), torch.zeros(1, 1, 1)
+    pulls = {}
+    for balance in (None, [1.0, 3.0, 7.0, 20.0]):
+        for name, start in (("truth", truth.log()), ("nothing", torch.zeros(4))):
+            gradient = torch.zeros(4)
+            for label, share in enumerate(truth):
+                logits = start.clone().requires_grad_()
+                loss = CategoricalKLLoss(scheduler, ce_weight=1.0, balance=balance)
+                pred = {"logits": logits.view(1, 4, 1), "x_t": x_t, "timesteps": t}
+                loss.terms(pred, torch.full((1, 1, 1), label))["ce_x_0"].sum().backward()
+                gradient += share * logits.grad
+            pulls[name, balance is None] = gradient
+    torch.testing.assert_close(pulls["truth", True], torch.zeros(4), atol=1e-6, rtol=0)
+    torch.testing.assert_close(pulls["truth", False], torch.zeros(4), atol=1e-5, rtol=0)
+    # Of two networks that know nothing, the balanced one hears of the rarest class first.
+    shares = {plain: pulls["nothing", plain].abs() / pulls["nothing", plain].abs().sum() for plain in (True, False)}
+    assert shares[False][0] < shares[True][0] or shares[False][3] > shares[True][3]
+    with pytest.raises(ValueError, match="balance above 0"):
+        CategoricalKLLoss(scheduler, balance=[1, 1, 1, 0])
+
+
+def test_evidence_makes_a_prior_a_posterior():
+    """A network that knows the prior alone is, with the voxel's own evidence, exact: Bayes, and the prior comes out."""
+    scheduler = scheduler_of(12, 3, evidence=True)
+    prior = torch.tensor([0.7, 0.2, 0.1])
+
+    def network(planes, times):
+        return prior.log().view(1, 3, 1).expand(planes.shape)
+
+    for t in (0, 5, 11):
+        x_t = torch.arange(3.0).view(3, 1, 1)
+        w = scheduler.predict(network, x_t, torch.full((3,), t)).softmax(dim=1)
+        q = between(scheduler, -1, t).T.float()  # row: x_t, column: x_0
+        due = prior * q / (prior * q).sum(dim=1, keepdim=True)
+        torch.testing.assert_close(w[..., 0], due, atol=1e-5, rtol=0)
+    scheduler.last_step = "sample"
+    for steps in (3, 12):
+        sampler = CategoricalSampler(
+            scheduler, steps, latent_shape=(40_000,), condition=lambda network, condition: network
+        )
+        drawn = sampler(torch.zeros(1, 1, 1), network, seeds=[steps])
+        shares = torch.bincount(drawn.flatten().long(), minlength=3) / drawn.numel()
+        torch.testing.assert_close(shares, prior, atol=0.01, rtol=0)
 
 
 def test_at_the_first_time_the_bound_is_the_auxiliary_and_neither_has_a_floor():
@@ -398,7 +445,7 @@ def test_mistakes_are_told_at_the_door():
         scheduler.step(torch.zeros(1, 3, 2, 2), 8, x)
     with pytest.raises(ValueError, match=r"\[-1, t\)"):
         scheduler.posterior(x, x, 3, 3)
-    with pytest.raises(ValueError, match="2 class_weights for 3 classes"):
+    with pytest.raises(ValueError, match="2 class_weights, 3 in balance, 3 classes"):
         CategoricalKLLoss(scheduler, [1, 2])
     with pytest.raises(ValueError, match="reduction"):
         CategoricalKLLoss(scheduler, reduction="none")

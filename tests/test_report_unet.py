@@ -8,7 +8,7 @@ from torch import nn
 
 from common.categorical import CategoricalInferer, CategoricalKLLoss, CategoricalSampler, CategoricalScheduler
 from common.conditioning import CrossAttention, Guided
-from common.report_unet import ReportUNet, TextAdapter
+from common.report_unet import ReportUNet, Summary, TextAdapter
 from common.unet import DiffusionUNet
 
 K, WIDTH = 3, 8
@@ -85,6 +85,34 @@ def test_the_order_of_tokens_does_not_matter(depth):
     order = torch.tensor([3, 1, 4, 0, 2])
     torch.testing.assert_close(network(planes(), TIMES, context[:, order]), network(planes(), TIMES, context))
     torch.testing.assert_close(network.tokens(context[:, order]), network.tokens(context)[:, order])
+
+
+def test_a_summary_is_of_a_set_and_keeps_together_what_belongs_together():
+    summary = shuffled(Summary(2 * WIDTH, 16, 6))
+    spleen, liver, large, small = normal(4, WIDTH)
+
+    def says(*pairs):
+        return summary(torch.stack([torch.cat(pair) for pair in pairs])[None])
+
+    told = says((spleen, large), (liver, small))
+    torch.testing.assert_close(says((liver, small), (spleen, large)), told)
+    assert not torch.allclose(says((spleen, small), (liver, large)), told, atol=1e-3)
+
+
+def test_a_summary_is_heard_before_attention_is():
+    """Attention begins at zero: only the summary tells two reports apart in a network whose transformers are silent."""
+    networks = {width: make(summary_width=width) for width in (0, 16)}
+    for network in networks.values():
+        for name, parameter in network.named_parameters():
+            if "attentions" in name or "middle_block.attention" in name:
+                parameter.data.zero_()
+    other = -report()
+    for width, network in networks.items():
+        same = torch.allclose(network(planes(), TIMES, report()), network(planes(), TIMES, other), atol=1e-5)
+        assert same == (width == 0)
+    whole = networks[16](planes(), TIMES, report())
+    order = torch.tensor([3, 1, 4, 0, 2])
+    torch.testing.assert_close(networks[16](planes(), TIMES, report()[:, order]), whole)
 
 
 @depths

@@ -393,7 +393,7 @@ class SliceVolumes:
             parser.get_parsed_content(key)
             for key in ("image_size", "phantom_size", "phantom_seed", "num_classes", "hu_window", "intensity_range")
         )
-        self.to_hu = ScaleIntensityRange(*intensities, *window, clip=True)
+        self.to_hu = ScaleIntensityRange(intensities[0], intensities[1], window[0], window[1], clip=True)
         phantoms = [abdomen(seed + i, (*size, grid[-1])) for i in range(num_cases)]
         labels = torch.stack([torch.as_tensor(phantom.layout) for phantom in phantoms])[:, None].float()
         self.layout = torch.where(labels < classes, labels, 0).to(device)

@@ -38,6 +38,7 @@ from common.pictures import (  # noqa: E402
     save_gif,
     save_png,
 )
+from common.reports import parse_report, write_report  # noqa: E402
 from common.semantics import Lesion  # noqa: E402
 
 
@@ -154,6 +155,8 @@ def picture_reports(cases: Sequence[dict[str, Any]], output: Path) -> list[Path]
         labels = [label_plane(layout, axis, at[axis], spacing=spacing) for axis in (2, 1, 0)]
         row = montage([[*labels, *planes(volume, at, window=window, spacing=spacing)]])
         said = case["made_by"]["case"].get("report") or "(a label volume of one's own)"
+        # The built-in font has no Chinese: what was understood stands for it.
+        said = said if said.isascii() else f"(Chinese:) {write_report(parse_report(said))}"
         cells.append([captioned(row, said)])
         volumes.append((volume, window, spacing))
     save_png(montage(cells), output / "montage.png")

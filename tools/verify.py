@@ -33,6 +33,7 @@ from monai.transforms import LoadImage
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
+from common.io import stem  # noqa: E402
 from common.semantics import Lesion, measure  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -485,10 +486,12 @@ def check_synthesis(output: Path) -> list[str]:
 
 
 def check_image(file: Path, made_by: dict[str, Any]) -> list[str]:
-    """An image is finite, not all the same, and on the grid of its layout if the case has one."""
+    """An image is finite, not all the same, and on the grid of its layout, given or drawn, if the case has one."""
     load = LoadImage(image_only=True)
     image, problems = load(file), []
-    grid = load(made_by["case"]["layout"]) if "layout" in made_by["case"] else image
+    drawn = [file.parent / name for name in made_by["outputs"] if stem(name).endswith("_layout")]
+    layout = made_by["case"].get("layout") or next(filter(Path.is_file, drawn), None)
+    grid = load(layout) if layout else image
     if image.shape != grid.shape or not torch.allclose(image.affine, grid.affine, atol=1e-4):
         problems.append(f"{file.name} is {tuple(image.shape)} and not on the grid of its layout {tuple(grid.shape)}")
     if not image.isfinite().all() or math.isclose(float(image.min()), float(image.max())):
