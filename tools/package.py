@@ -61,8 +61,11 @@ def bake(files: dict[str, bytes], preset: str) -> None:
         parsed = ConfigParser(_content(files, "configs/inference.json"))
         size = parsed.get_parsed_content("latent_size" if "latent_size" in parsed else "image_size")
         meta = _content(files, "configs/metadata.json")
-        for group, entry in (("inputs", "image"), ("outputs", "pred")):
-            meta["network_data_format"][group][entry]["spatial_shape"] = list(size)
+        for group, entry, channels in (("inputs", "image", "in_channels"), ("outputs", "pred", "out_channels")):
+            form = meta["network_data_format"][group][entry]
+            form["spatial_shape"] = list(size)
+            if f"network_def::{channels}" in parsed:
+                form["num_channels"] = int(parsed.get_parsed_content(f"network_def::{channels}"))
         files["configs/metadata.json"] = _json(meta)
 
 
