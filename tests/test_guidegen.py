@@ -395,11 +395,17 @@ def test_weights_of_other_classes_are_refused(stages: dict[str, Path], run_bundl
 
 @pytest.mark.skipif(not (MODELS / "mask.pt").is_file(), reason="the bundle has no weights of the first stage yet")
 def test_the_shipped_weights_draw_what_the_report_says(run_bundle: Run, tmp_path: Path) -> None:
-    reports = ["The spleen is absent after splenectomy.", "The spleen is unremarkable."]
+    reports = [
+        "A mass of 5.0 cm is seen in the rectum. The left kidney is absent after nephrectomy.",
+        "A mass of 5.0 cm is seen in the caecum. The left kidney is unremarkable.",
+    ]
     (tmp_path / "prompts.txt").write_text("\n".join(reports), encoding="utf-8")
     places = {"dataset_dir": tmp_path / "prompts.txt", "output_dir": tmp_path / "out"}
     # The labels are looked at alone: few slices, few calls for each.
     succeeded(run_bundle(NAME, "inference", batch_size=2, volume_slices=16, num_inference_steps=2, **places))
-    gone, there = (read(tmp_path / f"out/report_000{k}_layout.nii.gz") == ORGANS.index("spleen") for k in (1, 2))
-    assert not gone.any()
-    assert there.sum() > 20
+    layouts = [read(tmp_path / f"out/report_000{k}_layout.nii.gz") for k in (1, 2)]
+    gone, there = ((layout == ORGANS.index("kidney_left")).sum() for layout in layouts)
+    assert gone < 0.3 * there
+    rectum, caecum = (np.argwhere(layout == ORGANS.index("colorectal_cancer")).mean(axis=0) for layout in layouts)
+    assert rectum[2] < caecum[2], "it lies lower"
+    assert rectum[0] < caecum[0], "and not on the right"
