@@ -214,7 +214,7 @@ def test_another_seed_gives_another_mask_and_a_list_may_bring_its_own(
     entries = [{"name": "report_0001", "report": ENGLISH}, {"name": "own", "layout": "own.nii.gz"}, CHINESE]
     (tmp_path / "list.json").write_text(json.dumps(entries), encoding="utf-8")
     places = {"dataset_dir": tmp_path / "list.json", "output_dir": tmp_path / "out"}
-    succeeded(run_bundle(NAME, "inference", "smoke", seed=1, batch_size=3, **places, **stages))
+    succeeded(run_bundle(NAME, "inference", "smoke", seed=1, **places, **stages))
     assert verify.check_synthesis(tmp_path / "out") == []
     np.testing.assert_array_equal(read(tmp_path / "out/own_layout.nii.gz"), own)
     assert read(tmp_path / "out/own_image.nii.gz").shape == own.shape
