@@ -282,7 +282,7 @@ def masks_run(
     write(root / "in/SEG/unknown.nii.gz", np.where(layout == 4, 200, foreign(layout)).astype(np.uint8), affine)
     whole = (root / "in/SEG/plain.nii.gz").read_bytes()
     (root / "in/SEG/truncated.nii.gz").write_bytes(whole[: len(whole) // 2])
-    return run_masks(run_bundle, root, stages, batch_size=2), root
+    return run_masks(run_bundle, root, stages), root
 
 
 def run_masks(run_bundle: Run, root: Path, stages: dict[str, Path], **knobs: object) -> subprocess.CompletedProcess:
