@@ -259,6 +259,21 @@ UNET: dict[str, Any] = {
     "knobs": {**_KNOBS, "out_channels": "$shape('out.2.weight', 0)"},
 }
 
+# LesionDiffusion's: plain GELUs, and one projection before all attention (`attribute_unet`).
+ATTRIBUTE_UNET: dict[str, Any] = {
+    "constants": {**_CONSTANTS, "head_channels": 32},
+    "rename": [
+        [r"^context_linear_projection\.", "context_projection."],
+        [r"\.ff\.net\.0\.0\.", ".ff.linear1."],
+        *UNET["rename"],
+    ],
+    "knobs": {
+        **{name: UNET["knobs"][name] for name in ("in_channels", "out_channels", "channels", "num_res_blocks")},
+        **{name: UNET["knobs"][name] for name in ("attention_levels", "cross_attention_dim", "transformer_num_layers")},
+        "num_head_channels": "$head_channels",
+    },
+}
+
 # Rows of the plain attention's one projection lie head by head.
 PLAIN_UNET: dict[str, Any] = {
     "constants": {**_CONSTANTS, "head_channels": 32},
@@ -380,7 +395,7 @@ AUTOENCODER: dict[str, Any] = {
 # ---------------------------------------------------------------------------------------------------------------------
 # A file of networks, each below a prefix of its own; what is where stands in a bundle's import_rules.json
 
-NETWORKS = {"unet": PLAIN_UNET, "autoencoder": AUTOENCODER}
+NETWORKS = {"unet": PLAIN_UNET, "attribute_unet": ATTRIBUTE_UNET, "autoencoder": AUTOENCODER}
 
 
 def by_networks(source: Mapping[str, Any], rules: Mapping[str, Any], given: Mapping[str, Any]) -> Foreign:
