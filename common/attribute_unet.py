@@ -36,6 +36,9 @@ class AttributeUNet(DiffusionUNet):
         summary_width: hidden width of a `Summary` of the tokens that joins the embedding of time, and so is heard from
             the first step on; attention, which begins at zero, takes thousands. Rows that say nothing do not count.
             0 for none.
+        norm_num_groups: of all norms. None as published, 32 or one for each channel: a norm of single channels takes
+            away what the embedding of time added to them, so that layers of up to 32 channels hear neither time nor
+            summary. A network that is narrow throughout needs fewer groups.
         kwargs: of `DiffusionUNet`; attention is fused unless told otherwise.
     """
 
@@ -49,11 +52,12 @@ class AttributeUNet(DiffusionUNet):
         cross_attention_dim: int,
         null_token: bool = False,
         summary_width: int = 0,
+        norm_num_groups: int | None = None,
         **kwargs: Any,
     ) -> None:
         defaults = {"norm_eps": 1e-5, "transformer_norm_eps": 1e-6, "use_flash_attention": True}
-        # MONAI wants groups that divide every level; they are set below.
-        fixed = {"with_conditioning": True, "norm_num_groups": math.gcd(*channels)}
+        # MONAI wants groups that divide every level; the published ones are set below.
+        fixed = {"with_conditioning": True, "norm_num_groups": norm_num_groups or math.gcd(*channels)}
         super().__init__(
             spatial_dims, in_channels, out_channels, channels=channels, cross_attention_dim=cross_attention_dim,
             **{**defaults, **kwargs, **fixed},
@@ -64,7 +68,7 @@ class AttributeUNet(DiffusionUNet):
         self.summary = Summary(cross_attention_dim, summary_width, 4 * channels[0]) if summary_width else None
         as_wide = True
         for module in self.modules():
-            if isinstance(module, nn.GroupNorm):
+            if isinstance(module, nn.GroupNorm) and norm_num_groups is None:
                 module.num_groups = 32 if module.num_channels % 32 == 0 else module.num_channels
             elif isinstance(module, DiffusionUNetTransformerBlock):
                 width = module.norm1.normalized_shape[0]

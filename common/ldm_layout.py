@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from .checkpoints import CheckpointError, Foreign, Part, dropped_keys, read_knobs, select, translate
+from .codebook import VQ
 from .controlnet import copied_encoder
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -395,7 +396,12 @@ AUTOENCODER: dict[str, Any] = {
 # ---------------------------------------------------------------------------------------------------------------------
 # A file of networks, each below a prefix of its own; what is where stands in a bundle's import_rules.json
 
-NETWORKS = {"unet": PLAIN_UNET, "attribute_unet": ATTRIBUTE_UNET, "autoencoder": AUTOENCODER}
+NETWORKS = {
+    "unet": PLAIN_UNET,
+    "attribute_unet": ATTRIBUTE_UNET,
+    "autoencoder": AUTOENCODER,
+    "codebook_autoencoder": VQ,
+}
 
 
 def by_networks(source: Mapping[str, Any], rules: Mapping[str, Any], given: Mapping[str, Any]) -> Foreign:

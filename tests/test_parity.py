@@ -23,12 +23,15 @@ from monai.transforms import Compose, Orientationd, Resized, ScaleIntensityRange
 from PIL import Image
 from scipy import stats
 
+from common.attribute_unet import AttributeUNet
 from common.autoencoder import LatentSpace, LDMAutoencoder
 from common.categorical import CategoricalKLLoss, CategoricalSampler, CategoricalScheduler
 from common.checkpoints import read_knobs, read_weights, select, translate
+from common.codebook import VQ, CodebookAutoencoder
 from common.conditioning import ConditionPrepareBatch, CrossAttention, Guided, GuidedContext
 from common.controlnet import DenseHintInput, HintControlNet
 from common.ldm_layout import (
+    ATTRIBUTE_UNET,
     AUTOENCODER,
     CONTROLNET,
     PLAIN_UNET,
@@ -37,6 +40,14 @@ from common.ldm_layout import (
     UNET,
     controlled_from_ldm,
     parts,
+)
+from common.lesion_diffusion import (
+    AttributeCondition,
+    BoxWeightedLoss,
+    InpaintingLoss,
+    InpaintingSampler,
+    LesionInferer,
+    box_volume,
 )
 from common.mask_statistics import GaussianProcessKDE, size_regressor
 from common.report_unet import ReportUNet, TextAdapter
@@ -1138,3 +1149,211 @@ def test_guidegen_laws_of_training(name):
 
     ema = WeightEMA(torch.nn.Linear(1, 1), decay=max(misc["ema_warm_decay"]), warmup=True)
     np.testing.assert_allclose([ema.decay_at(n) for n in misc["ema_warm_updates"]], misc["ema_warm_decay"], rtol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# lesion_diffusion: a variant's files are called as its kind, with whatever the set puts before or behind that
+
+LESION_MASKS = files_of_set("lesion_diffusion", "*lmnet*_io.npz")
+LESION_PAINT = files_of_set("lesion_diffusion", "*linet*_io.npz")
+of_lesion_masks = pytest.mark.parametrize("name", LESION_MASKS)
+of_lesion_paint = pytest.mark.parametrize("name", LESION_PAINT)
+
+
+def lesion_settings(name: str) -> dict[str, Any]:
+    """Settings of a variant: its own file where it has one, else the set's."""
+    parity_file("lesion_diffusion", name)
+    variant = re.sub(r"(lmnet|linet|vq)", "settings", name.removesuffix("_io.npz")) + ".json"
+    known = files_of_set("lesion_diffusion", "*settings*.json")
+    return settings("lesion_diffusion", variant if variant in known else known[0])
+
+
+def lesion_unet_settings(name: str) -> dict[str, Any]:
+    return lesion_settings(name)["linet_unet" if "linet" in name else "lmnet_unet"]
+
+
+def lesion_checkpoint(name: str) -> dict[str, torch.Tensor]:
+    """The authors' checkpoint, which these data hold in two files."""
+    stem = name.removesuffix("_io.npz")
+    files = [f"{stem}.pt", *(file for file in files_of_set("lesion_diffusion", "*_ema.pt") if file == f"{stem}_ema.pt")]
+    return {k: v for file in files for k, v in numbers("lesion_diffusion", file)["state_dict"].items()}
+
+
+def lesion_network(name: str, averaged: bool = True) -> AttributeUNet:
+    ema = {"ema": ["model.", "model_ema."]} if averaged else {}
+    state, _ = select(lesion_checkpoint(name), ema)
+    source = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+    constants = {**ATTRIBUTE_UNET["constants"], "head_channels": lesion_unet_settings(name)["num_head_channels"]}
+    rules = {**ATTRIBUTE_UNET, "constants": constants}
+    network = AttributeUNet(source["input_blocks.0.0.weight"].ndim - 2, **read_knobs(source, rules)).eval()
+    network.load_state_dict(translate(source, rules, network.state_dict()))
+    return network
+
+
+def lesion_condition(name: str) -> AttributeCondition:
+    return AttributeCondition(use_text=not lesion_unet_settings(name).get("skip_context", False))
+
+
+def lesion_scheduler(name: str, kind: type[DDPM] = DDPM, **kwargs: Any) -> Any:
+    expected = lesion_settings(name)["schedule"]
+    betas = {"beta_start": expected["linear_start"], "beta_end": expected["linear_end"]}
+    return kind(expected["timesteps"], "scaled_linear_exact", clip_sample=False, **betas, **kwargs)
+
+
+def lesion_ddim(name: str, eta: float) -> DDIM:
+    return lesion_scheduler(name, DDIM, grid="strided", steps_offset=1, final_alpha="first", eta=eta)
+
+
+def gradient_norm(network: torch.nn.Module) -> float:
+    # What None of the text switches off has no gradient.
+    return torch.stack([p.grad.norm() for p in network.parameters() if p.grad is not None]).norm().item()
+
+
+@pytest.mark.parametrize("name", files_of_set("lesion_diffusion", "*schedule*.npz"))
+def test_lesion_diffusion_schedule(name):
+    data, scheduler = tensors("lesion_diffusion", name), lesion_scheduler(name)
+    abar = scheduler.alphas_cumprod
+    before = torch.cat([abar.new_ones(1), abar[:-1]])
+    variance = scheduler.betas * (1 - before) / (1 - abar)
+    ours = {
+        "betas": scheduler.betas,
+        "alphas_cumprod": abar,
+        "alphas_cumprod_prev": before,
+        "sqrt_alphas_cumprod": abar.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - abar).sqrt(),
+        "posterior_variance": variance,
+        "posterior_mean_coef1": scheduler.betas * before.sqrt() / (1 - abar),
+        "posterior_mean_coef2": (1 - before) * scheduler.alphas.sqrt() / (1 - abar),
+    }
+    for key in ours.keys() & data.keys():
+        assert_near(ours[key].float(), data[key].float(), 5e-7)
+    counts = [int(found[1]) for key in data if (found := re.fullmatch(r"ddim(\d+)_timesteps", key))]
+    assert counts
+    for steps in counts:
+        for eta in (0.0, 1.0):
+            ddim = lesion_ddim(name, eta)
+            ddim.set_timesteps(steps)
+            times = ddim.timesteps.flip(0)
+            assert times.tolist() == data[f"ddim{steps}_timesteps"].tolist()
+            level = abar[times]
+            earlier = torch.cat([abar[:1], level[:-1]])
+            assert_near(level, data[f"ddim{steps}_alphas"].double(), 5e-7)
+            assert_near(earlier, data[f"ddim{steps}_alphas_prev"].double(), 5e-7)
+            # The noise of each step, as the step itself draws it.
+            one, nothing = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+            noisy, still = (
+                [ddim.step(nothing, t, nothing, generator=lambda like, z=z: z.to(like))[0] for t in times]
+                for z in (one, nothing)
+            )
+            assert_near(torch.cat(noisy) - torch.cat(still), data[f"ddim{steps}_eta{eta:.0f}_sigmas"].double(), 1e-6)
+
+
+@of_lesion_masks
+def test_lesion_diffusion_mask_network(name):
+    data = tensors("lesion_diffusion", name)
+    predictions = [
+        lesion_condition(name)(lesion_network(name, averaged), data["cond"], data["context"])
+        for averaged in (False, True)
+    ]
+    with torch.no_grad():
+        raw, ema = (denoise(data["x_t"], data["t"]) for denoise in predictions)
+    assert_near(raw, data["eps"], 2e-5)
+    assert_near(ema, data["eps_ema"], 2e-5)
+    assert (raw - ema).abs().max() > 1e-3, "else the choice of weights is not tested"
+
+
+@of_lesion_masks
+def test_lesion_diffusion_mask_training(name):
+    """Noised mask, loss and gradients of one step."""
+    data, network = tensors("lesion_diffusion", name), lesion_network(name, averaged=False)
+    scheduler = lesion_scheduler(name)
+    assert_near(scheduler.add_noise(data["x0"], data["noise"], data["t"]), data["x_noisy"], 1e-6)
+    forward = {"condition": data["cond"], "context": data["context"]}
+    pred = LesionInferer(scheduler)(data["x0"], network, data["noise"], data["t"], **forward)
+    box = (data["cond"][:, -1:] > 0).float()
+    loss = BoxWeightedLoss(lesion_settings(name)["lmnet"]["fg_loss_weight"])(
+        pred, {"target": data["noise"], "mask": box}
+    )
+    assert loss.item() == pytest.approx(data["loss"].item(), rel=1e-5)
+    loss.backward()
+    assert gradient_norm(network) == pytest.approx(data["grad_norm"].item(), rel=1e-5)
+    assert_near_relative(network.conv_in.conv.weight.grad, data["grad_conv_in"], 2e-5)
+
+
+@of_lesion_masks
+def test_lesion_diffusion_mask_chain(name):
+    data, ddim = tensors("lesion_diffusion", name), lesion_settings(name)["ddim"]
+    cases, channels = data["ddim_x_T"].shape[:2]
+    replay = Replay([data["ddim_x_T"], *data["ddim_noise"]])
+    sampler = DiffusionSampler(
+        lesion_ddim(name, ddim["eta"]), ddim["steps"], channels=channels, condition=lesion_condition(name)
+    )
+    network = lesion_network(name, ddim["weights"] == "ema")
+    sample = sampler(data["cond"][:cases], network, noise=replay, context=data["context"][:cases])
+    assert not replay.draws
+    assert_near_relative(sample, data["ddim_sample"], 5e-6)
+
+
+@of_lesion_paint
+def test_lesion_diffusion_paint_network(name):
+    """With text, from averages, and with the text switched off as in the authors' shipped settings."""
+    data = tensors("lesion_diffusion", name)
+    told, silent = lesion_condition(name), AttributeCondition(use_text=False)
+    for key, averaged, condition in (
+        ("out", False, told), ("out_ema", True, told), ("out_skip_context", False, silent)
+    ):  # fmt: skip
+        network = lesion_network(name, averaged)
+        if condition is silent and not network.attends_to_itself:
+            continue
+        with torch.no_grad():
+            out = condition(network, data["mask"], data["context"])(data["x_t"], data["t"])
+        assert_near(out, data[key], 2e-5)
+
+
+@of_lesion_paint
+def test_lesion_diffusion_paint_training(name):
+    data, network = tensors("lesion_diffusion", name), lesion_network(name, averaged=False)
+    context = data["context"] if lesion_condition(name).use_text else None
+    forward = {"condition": data["mask"], "context": context, "mask": data["mask"]}
+    pred = LesionInferer(lesion_scheduler(name))(data["z0"], network, data["noise"], data["t"], **forward)
+    assert (box_volume(data["mask"]) <= data["coarse_mask"].flatten(1).sum(dim=1)).all()
+    loss = InpaintingLoss()
+    total = loss(pred, {"target": data["noise"], "mask": data["mask"], "box": data["coarse_mask"]})
+    assert loss.latest["painted"].item() == pytest.approx(data["loss_l1"].item(), rel=1e-5)
+    assert loss.latest["dice"].item() == pytest.approx(data["loss_dice"].item(), rel=1e-5)
+    assert total.item() == pytest.approx(data["loss"].item(), rel=1e-5)
+    total.backward()
+    assert gradient_norm(network) == pytest.approx(data["grad_norm"].item(), rel=1e-5)
+    assert_near_relative(network.conv_in.conv.weight.grad, data["grad_conv_in"], 2e-5)
+
+
+def lesion_painted(name: str) -> tuple[torch.Tensor, InpaintingSampler]:
+    """The chain's latents, and the sampler that made them."""
+    data, ddim = tensors("lesion_diffusion", name), lesion_settings(name)["ddim"]
+    cases, channels = data["ddim_x_T"].shape[:2]
+    replay = Replay([data["ddim_x_T"], *data["ddim_noise"]])
+    sampler = InpaintingSampler(
+        lesion_ddim(name, ddim["eta"]), ddim["steps"], channels=channels, condition=lesion_condition(name)
+    )
+    inputs = torch.cat([data["z0"], data["mask"]], dim=1)[:cases]
+    network = lesion_network(name, ddim["weights"] == "ema")
+    sample = sampler(inputs, network, noise=replay, context=data["context"][:cases])
+    assert not replay.draws
+    return sample, sampler
+
+
+@of_lesion_paint
+def test_lesion_diffusion_paint_chain(name):
+    """Latents, and the image that is decoded from them; their mask comes out as it went in."""
+    data = tensors("lesion_diffusion", name)
+    sample, sampler = lesion_painted(name)
+    mask = data["mask"][: len(sample)]
+    assert_near_relative(sample, data["ddim_sample"], 5e-6)
+    assert torch.equal(data["ddim_mask_out"], mask)
+    assert sampler.mask_logit.shape == mask.shape
+    prefix = "first_stage_model."
+    source = {k.removeprefix(prefix): v for k, v in lesion_checkpoint(name).items() if k.startswith(prefix)}
+    autoencoder = CodebookAutoencoder(sample.ndim - 2, **read_knobs(source, VQ)).eval()
+    autoencoder.load_state_dict(translate(source, VQ, autoencoder.state_dict()))
+    with torch.no_grad():
+        assert_near(autoencoder.decode(data["ddim_sample"]), data["decoded"], 3e-5)
