@@ -1,17 +1,19 @@
 """Text: a prompt becomes what a network attends to.
 
 `HashedWords` needs nothing but the prompt: it numbers the words, and the network learns what they mean.
-`AttributeEncoder` turns what a report says into tokens. `CLIPText` is the frozen encoder of Stable Diffusion 1.5, on
-which Siamese-Diffusion stands, `BERTText` one as GuideGen has it. `CachedText` encodes each text once, and `Contextd`
-brings the result into a case.
+`PhraseEncoder` turns a phrase into one vector, `AttributeEncoder` what a report says into tokens. `CLIPText` is the
+frozen encoder of Stable Diffusion 1.5, on which Siamese-Diffusion stands, `BERTText` one as GuideGen has it.
+`CachedText` encodes each text once, and `Contextd` brings the result into a case.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import logging
+import math
 import os
 import pickle
 import re
@@ -30,6 +32,9 @@ from .reports import ORGANS, READING, SITES, Attributes, Finding, parse_report
 logger = logging.getLogger(__name__)
 
 FIXED = 24  # numbers of a token of `AttributeEncoder` before its signs
+# CT values (HU) between which a vessel of `PhraseEncoder` fills up: finer where tissues differ.
+KNOTS = (-1000, -700, -400, -200, -100, -50, -20, 0, 20, 40, 60, 80, 100, 150, 200, 400, 1000)
+HOUNSFIELD = re.compile(r"([+-]?\d+(?:\.\d+)?)\s*hu\b")
 
 
 class HashedWords:
@@ -125,6 +130,62 @@ class AttributeEncoder:
     def padded(self, numbers: list[float]) -> Tensor:
         """Fill up with 0 to the width: (D,)."""
         return torch.tensor(numbers + [0.0] * (self.width - len(numbers)))
+
+
+class PhraseEncoder:
+    """A phrase as one vector: a sum over its words, so that phrases which share words are near. Order does not matter.
+
+    Needs no weights: what is hashed is equal on every machine. Every vector has the length sqrt(width); the empty
+    phrase is all 0. A vector is, from its first number on:
+
+    - 17 for a CT value, as in "57.0 HU": +1 where one is given, and 16 that go from -1 to +1 one after the other, from
+      -1000 to 1000 HU, half of them between -100 and 200; without a CT value 0
+    - of the rest the sum of the words' signs (+1, -1)
+
+    Args:
+        width: numbers of a vector, D; more let fewer words resemble each other.
+    """
+
+    def __init__(self, width: int = 64) -> None:
+        if width < len(KNOTS) + 15:
+            raise ValueError(f"width {width} leaves no room: give at least {len(KNOTS) + 15}")
+        self.width = width
+        self.description = f"PhraseEncoder(width={width})"
+
+    def __call__(self, text: str) -> Tensor:
+        """Encode a phrase: (D,) float32."""
+        text = unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-")
+        value = HOUNSFIELD.search(text)
+        words = re.findall(r"[^\W_]+", HOUNSFIELD.sub(" ", text))
+        signs = torch.tensor([_signs(word, self.width - len(KNOTS)) for word in words])
+        numbers = self.value(float(value[1])) if value else [0.0] * len(KNOTS)
+        rest = signs.sum(0) / math.sqrt(len(words)) if words else torch.zeros(self.width - len(KNOTS))
+        vector = torch.cat([torch.tensor(numbers), rest])
+        return vector * (math.sqrt(self.width) / vector.norm().clamp(min=1e-6))
+
+    def value(self, number: float) -> list[float]:
+        """Numbers of a CT value in HU."""
+        filled = [(number - low) / (high - low) for low, high in itertools.pairwise(KNOTS)]
+        return [1.0] + [2 * min(max(part, 0.0), 1.0) - 1 for part in filled]
+
+
+def contexts_of(texts: Sequence[str], encoder: Callable[[str], Tensor], length: int | None = 10) -> Tensor:
+    """What the network attends to, of several texts: their vectors, then zero rows, which say nothing.
+
+    Args:
+        texts: at most `length`.
+        encoder: one text -> (D,), e.g. `PhraseEncoder` or a `CachedText`.
+        length: rows, L; None has one for each text.
+
+    Returns:
+        (L, D)
+    """
+    if length is not None and len(texts) > length:
+        raise ValueError(f"{len(texts)} texts for {length} rows: raise length, the last text is {texts[-1]!r:.60}")
+    rows = [encoder(text) for text in texts]
+    empty = torch.zeros_like(rows[0] if rows else encoder(""))
+    count = len(rows) if length is None else length
+    return torch.stack([*rows, *[empty] * (count + 1 - len(rows))])[:count]
 
 
 class PretrainedText:
