@@ -124,7 +124,7 @@ class CaseSaver:
         output_dir: where to write.
         outputs: key in the engine's output or batch -> suffix of the file name, e.g. ``{"pred": "image"}``.
         extension: file type, one that MONAI has a writer for.
-        dtypes: key -> dtype on disk.
+        dtypes: key -> dtype on disk; None keeps that of the result.
         weights: file whose hash the side-car records.
         files: further ones that shape a sample, e.g. an autoencoder's weights.
         record: key of further facts about a case, in plain JSON, for the side-car.
@@ -147,7 +147,7 @@ class CaseSaver:
         output_dir: str | os.PathLike,
         outputs: Mapping[str, str],
         extension: str = ".nii.gz",
-        dtypes: Mapping[str, str] | None = None,
+        dtypes: Mapping[str, str | None] | None = None,
         weights: str | os.PathLike | None = None,
         record: str | None = None,
         files: Sequence[str | os.PathLike] = (),
@@ -239,7 +239,8 @@ class CaseSaver:
                 if not torch.isfinite(data[key]).all():
                     raise ValueError(f"{path} would hold NaN or infinite voxels: have the weights diverged?")
                 with atomic_path(path) as temporary:
-                    self._write(temporary, data[key], self.dtypes.get(key, "float32"))
+                    dtype = self.dtypes.get(key, "float32") or str(data[key].dtype).removeprefix("torch.")
+                    self._write(temporary, data[key], dtype)
                 written[path.name] = sha256(path)
         root = bundle_root()
         sidecar: dict[str, Any] = {

@@ -170,6 +170,34 @@ class SliceSheet:
         return montage([cells], ["real above synthetic"])
 
 
+class CropSheet:
+    """Shows synthetic crops below the real ones, an axial slice through each, the mask's rim drawn over the real one.
+
+    Args:
+        real: real crops (B, 1, S, A, L) in [0, 1].
+        mask: where to cut, and what to outline, (B, 1, S, A, L); None cuts in the middle.
+    """
+
+    def __init__(self, real: Any, mask: Any = None) -> None:
+        self.real = np.asarray(real)[:, 0]
+        self.mask = np.zeros_like(self.real) if mask is None else np.asarray(mask)[:, 0]
+
+    def __call__(self, synthetic: Any) -> Image.Image:
+        """Picture of synthetic crops (B, 1, S, A, L)."""
+        cells = []
+        for real, mask, drawn in zip(self.real, self.mask, np.asarray(synthetic)[:, 0], strict=True):
+            at = int(mask.sum(axis=(1, 2)).argmax()) if mask.any() else len(real) // 2
+            # Columns run to the patient's left, rows from front to back: R, A, S as `plane` wants it.
+            shown = [volume.transpose(2, 1, 0)[::-1] for volume in (real, mask > 0.5, drawn)]
+            rows = [
+                [plane(shown[0], 2, at, window=(0, 1), layout=shown[1].astype(int), height=128)],
+                [plane(shown[0], 2, at, window=(0, 1), height=128)],
+                [plane(shown[2], 2, at, window=(0, 1), height=128)],
+            ]
+            cells.append(montage(rows))
+        return montage([cells], ["mask, real, synthetic"])
+
+
 class MaskSheet:
     """Shows synthetic masks, each below the real one whose statistics it was asked for.
 

@@ -1,0 +1,195 @@
+"""From a planned lesion to a painted one: mask in the box (LMNet), image in the mask (LINet), crop by crop.
+
+Several lesions are made one after the other, so that later ones see earlier ones (Tian et al., arXiv 2503.00741). Only
+crops are ever encoded and decoded, and of a crop only the lesion with a feathered rim reaches the CT: the published
+code replaces the whole scan by its reconstruction, in which no reader finds the lesion.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.inferers import Inferer
+from monai.utils import convert_to_tensor
+from torch import Tensor
+from tqdm import tqdm
+
+from .codebook import CodeSpace
+from .conditioning import Network
+from .lesion_boxes import WITHIN, Box, LesionMask, binarise, least_voxels, plausible_fill, target_organ
+from .lesion_geometry import AIR, Grid, crop_start, feather, paste, paste_labels, resample, to_hu, to_unit, working_grid
+from .lesion_plan import LESION, Lesion, on_latents
+from .lesion_reports import cavity_of, image_texts, mask_texts
+from .text import contexts_of
+
+logger = logging.getLogger(__name__)
+
+
+class LesionSampler(Inferer):
+    """Makes the planned lesions of a CT.
+
+    Args:
+        mask_sampler: draws a mask from its condition; called with ``context`` and ``seeds``.
+        mask_network: LMNet; LINet is the engine's network.
+        painter: draws latents from clean latents and mask.
+        latents: the space of latents.
+        contexts: text -> vector (D,).
+        spacing: of the working grid, mm along S, A, L.
+        mask_size: voxels of LMNet's crop.
+        image_size: voxels of LINet's crop.
+        mask_range: as LMNet was trained.
+        num_tokens: rows of a context; None gives as many as there are attributes.
+        tries: masks drawn for a lesion before it is given up; the fullest of them counts.
+        rim: voxels around the lesion over which it fades into the CT.
+        seed: of a case without one.
+        verbose: show a progress bar, on a terminal.
+    """
+
+    def __init__(
+        self,
+        mask_sampler: Inferer,
+        mask_network: Network,
+        painter: Inferer,
+        latents: CodeSpace,
+        contexts: Callable[[str], Tensor],
+        *,
+        spacing: Sequence[float],
+        mask_size: Sequence[int],
+        image_size: Sequence[int],
+        mask_range: Sequence[float] = (0.0, 1.0),
+        num_tokens: int | None = 10,
+        tries: int = 3,
+        rim: int = 2,
+        seed: int = 0,
+        verbose: bool = False,
+    ) -> None:
+        super().__init__()
+        self.mask_sampler, self.mask_network = mask_sampler, mask_network
+        self.painter, self.latents, self.contexts = painter, latents, contexts
+        self.spacing, self.mask_size, self.image_size = tuple(spacing), tuple(mask_size), tuple(image_size)
+        self.low, self.high = mask_range
+        self.num_tokens, self.tries, self.rim, self.seed = num_tokens, tries, rim, seed
+        self.quiet = None if verbose else True
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self,
+        inputs: Tensor,
+        network: Network,
+        *,
+        plans: Sequence[str] | None = None,
+        seeds: Sequence[int] | Tensor | None = None,
+    ) -> Tensor:
+        """Make the lesions of each case.
+
+        Args:
+            inputs: CT in HU, organ map, numbered lesions that are given (B, 3, *S), as `PlanLesionsd` leaves them.
+            network: LINet.
+            plans: of each case; None takes what `PlanLesionsd` wrote on the image itself.
+            seeds: one for each case.
+
+        Returns:
+            CT with its lesions, and label (0, 1 organ, 2 lesion), (B, 2, *S).
+        """
+        if plans is None:
+            held: Any = getattr(inputs, "meta", {}).get("plan")
+            plans = [held] * len(inputs) if isinstance(held, str) else held
+            if plans is None:
+                raise ValueError("no plan came with the image: preprocess it with PlanLesionsd, or give plans")
+        seeds = range(self.seed, self.seed + len(inputs)) if seeds is None else [int(s) for s in seeds]
+        volumes = convert_to_tensor(inputs)
+        return torch.stack([self.one(v, json.loads(p), s, network) for v, p, s in zip(volumes, plans, seeds)])
+
+    def one(self, volume: Tensor, plan: dict[str, Any], seed: int, network: Network) -> Tensor:
+        """Make the lesions of one case (3, *S) -> (2, *S)."""
+        image, organs, given = (volume[k : k + 1] for k in range(3))
+        affine = np.array(plan["affine"])
+        grid = working_grid(image.shape[1:], affine, self.spacing)
+        lesions = [Lesion.of(content) for content in plan["lesions"]]
+        label = torch.zeros_like(organs, dtype=torch.uint8)
+        for lesion in lesions:
+            label[torch.isin(organs, torch.tensor(lesion.organs).to(organs))] = 1
+        for index, lesion in enumerate(tqdm(lesions, desc="lesions", disable=self.quiet, leave=False)):
+            own = lesion_seed(seed, index)
+            if lesion.number:
+                mine, box = given == lesion.number, lesion.box
+                label[mine] = LESION
+                crop, mask = self.seen(mine.to(torch.uint8), affine, grid, box)
+            else:
+                drawn = self.draw(lesion, organs, label, affine, grid, own)
+                crop, mask = self.around(drawn, grid)
+                label = paste_labels(label, affine, mask, crop, LESION)
+            image = self.paint(lesion, image, mask, affine, crop, own, network)
+        return torch.cat([image.float(), label.to(image).float()])
+
+    def seen(self, mask: Tensor, affine: np.ndarray, grid: Grid, box: Box) -> tuple[Grid, Tensor]:
+        """A given mask in LINet's crop."""
+        crop = grid.crop(crop_start(box.centre, self.image_size, grid.shape), self.image_size)
+        return crop, resample(mask, affine, crop, "nearest").float()
+
+    def around(self, drawn: tuple[tuple[int, ...], np.ndarray], grid: Grid) -> tuple[Grid, Tensor]:
+        """A mask drawn in LMNet's crop, which begins at a voxel of the working grid, in LINet's."""
+        start, mask = drawn
+        first = crop_start(Box.of(mask).moved(start).centre, self.image_size, grid.shape)
+        crop = grid.crop(first, self.image_size)
+        own = grid.crop(start, self.mask_size)
+        return crop, resample(torch.from_numpy(mask)[None].to(torch.uint8), own.affine, crop, "nearest").float()
+
+    def draw(
+        self, lesion: Lesion, organs: Tensor, label: Tensor, affine: np.ndarray, grid: Grid, seed: int
+    ) -> tuple[tuple[int, ...], np.ndarray]:
+        """A mask in the lesion's box (LMNet) -> start of its crop in the working grid, mask (*mask_size)."""
+        start = crop_start(lesion.box.centre, self.mask_size, grid.shape)
+        crop = grid.crop(start, self.mask_size)
+        there = resample(organs, affine, crop, "nearest")
+        earlier = resample(label, affine, crop, "nearest")[0] == LESION
+        box = lesion.box.moved([-a for a in start])
+        inside = box.mask(self.mask_size)
+        organ = target_organ(there[0].cpu().numpy(), lesion.organs, inside)
+        shown = torch.from_numpy(np.stack([organ, inside])).to(there)
+        condition = torch.cat([there / 104, shown]).float()[None]
+        context = contexts_of(mask_texts(lesion.report), self.contexts, self.num_tokens)[None].to(condition)
+        allowed = ~earlier.cpu().numpy()
+        if cavity_of(lesion.report) == WITHIN:
+            allowed &= organ
+        aim: dict[str, Any] = {
+            "fill": plausible_fill(lesion.report.attributes.get("shape", "")),
+            "least": least_voxels(self.spacing, "stone" in lesion.report.lesion),
+        }
+        best: LesionMask | None = None
+        for attempt in range(self.tries):
+            own = seed + attempt
+            soft = self.mask_sampler(condition, self.mask_network, context=context, seeds=[own])[0, 0]
+            soft = (soft.float().cpu().numpy() - self.low) / (self.high - self.low)
+            found = binarise(soft, box, allowed=allowed, **aim)
+            if best is None or found.voxels > best.voxels:
+                best = found
+            if found.accepted:
+                break
+        if best is None or not best.mask.any():
+            where = f"{lesion.report.organ}, box {lesion.box}"
+            raise ValueError(f"no mask came out in {where}, in {self.tries} tries: have the weights diverged?")
+        return start, best.mask
+
+    def paint(
+        self, lesion: Lesion, image: Tensor, mask: Tensor, affine: np.ndarray, crop: Grid, seed: int, network: Network
+    ) -> Tensor:
+        """Paint the lesion into its mask (LINet) and put it into the CT."""
+        clean = to_unit(resample(image, affine, crop, "linear", AIR))[None]
+        z_0 = self.latents.encode(clean)
+        where = on_latents(mask[None], z_0.shape[2:]).to(z_0)
+        context = contexts_of(image_texts(lesion.report), self.contexts, self.num_tokens)[None].to(z_0)
+        z = self.painter(torch.cat([z_0, where], dim=1), network, context=context, seeds=[seed])
+        made = to_hu(self.latents.decode(z)[0].float())
+        return paste(image, affine, made, feather(mask, self.rim).to(made), crop)
+
+
+def lesion_seed(seed: int, index: int) -> int:
+    """Seed of a lesion of a case."""
+    return int.from_bytes(hashlib.sha256(f"{int(seed)}/{index}".encode()).digest()[:6], "big")
