@@ -1,11 +1,13 @@
 """LesionDiffusion's checkpoints by the bundle's rules: each file fills its networks, every key accounted for.
 
 The files are written the other way round, from networks of ours; where parity data are present, the authors' weights
-serve as well (see `test_parity`). Everything here reads the rules alone, not the rest of the bundle's configs.
+serve as well (see `test_parity`).
 """
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,14 @@ from tools import import_weights
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundles" / "lesion_diffusion"
 Weights = dict[str, torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def own_path(monkeypatch):
+    """A bundle puts itself first on the path: not beyond one test."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
 HEAD = 8
 LEVELS = [(16, 1, False), (32, 1, True)]  # channels, residual blocks, attention
 BUILDS = {"published, small": [(8, 2, False), (16, 2, False), (32, 2, True)], "attends twice": [(16, 1, True), *LEVELS]}
@@ -124,7 +134,7 @@ def test_a_network_of_any_build_comes_back_and_tells_its_size(levels):
     channels, blocks, attention = (list(part) for part in zip(*levels, strict=True))
     expected = {
         "mask_channels": channels, "mask_attention_levels": attention, "mask_num_res_blocks": blocks[0],
-        "mask_head_channels": HEAD, "context_width": 12, "null_token": False, "summary_width": 0, "mask_range": [0, 1],
+        "mask_head_channels": HEAD, "token_width": 12, "null_token": False, "summary_width": 0, "mask_range": [0, 1],
         "mask_prediction_type": "epsilon", "num_train_timesteps": 20, "beta_start": 0.002, "beta_end": 0.02,
     }  # fmt: skip
     assert {k: found.knobs[k] for k in expected} == expected
@@ -162,7 +172,7 @@ def test_the_painter_comes_with_its_autoencoder():
     }  # fmt: skip
     expected = {
         "channels": [16, 32], "attention_levels": [False, True], "num_res_blocks": 1, "head_channels": HEAD,
-        "context_width": 12, "autoencoder_channels": [16, 16], "encoder_blocks": [1, 4], "decoder_blocks": [2, 6],
+        "token_width": 12, "autoencoder_channels": [16, 16], "encoder_blocks": [1, 4], "decoder_blocks": [2, 6],
         "autoencoder_groups": 16, "latent_channels": 4, "num_codes": 20, "prediction_type": "epsilon",
         "null_token": False, "summary_width": 0,
     }  # fmt: skip
@@ -188,6 +198,23 @@ def test_an_autoencoder_alone():
     assert same(found.fill["autoencoder_def"](theirs.state_dict()), theirs.state_dict())
     assert [len(keys) for keys in found.dropped.values()] == [2]
     assert any("16 is taken as published" in note for note in found.notes)
+
+
+def test_all_three_files_through_the_command_line(tmp_path, capsys):
+    """Each becomes what the bundle's config names, and one command runs them together."""
+    masks, painter, image = unet(4, 1), unet(5, 5, seed=1), vae(seed=3)
+    whole = {**diffusion_file(painter), **below("first_stage_model.", vae_file(image))}
+    files = {"LMNet": diffusion_file(masks), "LINet": whole, "VQ": vae_file(image)}
+    for name, state in files.items():
+        path = tmp_path / f"{name}.ckpt"
+        torch.save({"state_dict": state, "global_step": 1234}, path)
+        heads = [] if name == "VQ" else [f"--{'mask_' * (name == 'LMNet')}head_channels", str(HEAD)]
+        assert import_weights.main(["lesion_diffusion", str(path), "--output", str(tmp_path / "out"), *heads]) == 0
+    for name, expected in (("mask", halved(masks)), ("model", halved(painter)), ("autoencoder", image.state_dict())):
+        assert same(torch.load(tmp_path / f"out/{name}.pt", weights_only=True), expected)
+        assert json.loads((tmp_path / f"out/{name}.json").read_text())["overlays"] == ["configs/paper.json"]
+    (command,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Now run:")][-1:]
+    assert all(f"imported{name}.json" in command for name in ("", "_mask", "_autoencoder"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,7 +260,7 @@ def test_the_authors_weights_through_the_bundles_rules(name):
     knobs, condition = found.knobs, data["mask" if paints else "cond"]
     channels = (data["x_t"].shape[1] + condition.shape[1], data["out" if paints else "eps"].shape[1])
     network = AttributeUNet(
-        condition.ndim - 2, *channels, channels=knobs[f"{kind}channels"], cross_attention_dim=knobs["context_width"],
+        condition.ndim - 2, *channels, channels=knobs[f"{kind}channels"], cross_attention_dim=knobs["token_width"],
         attention_levels=knobs[f"{kind}attention_levels"], num_res_blocks=knobs[f"{kind}num_res_blocks"],
         num_head_channels=knobs[f"{kind}head_channels"],
     )  # fmt: skip
