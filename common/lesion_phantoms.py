@@ -8,11 +8,11 @@ a place. `paint_lesion` paints into any CT with an organ map, real ones as well.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -20,7 +20,28 @@ from scipy import ndimage
 
 from .abdomen_phantoms import FIELD_OF_VIEW, abdomen, draw_attributes
 from .io import CaseError, stem, write_json
-from .lesion_reports import LesionReport, cavity_of, draw_report, organ_id, write_reports
+from .lesion_boxes import SIDES, location_words
+from .lesion_reports import LesionReport, cavity_of, complete, draw_report, write_reports
+from .lesion_words import (
+    ABSOLUTE_HU,
+    CAVITY,
+    DENSITY,
+    ENHANCEMENT,
+    FEATURES,
+    GROUND_GLASS,
+    LESION_KINDS,
+    LUNGS,
+    MARGIN,
+    OUTWARD,
+    PART_SOLID,
+    RELATIVE_HU,
+    SHAPE,
+    VALUE,
+    VARIATIONS,
+    WALL,
+    is_hollow,
+    organ_id,
+)
 from .phantoms import FIELD_OF_VIEW as THORAX_VIEW
 from .phantoms import Field, fill_cohort, smooth_field, thorax, write_nifti
 from .reports import Attributes, Finding
@@ -29,14 +50,9 @@ from .totalsegmentator import ORGANS, TOTAL_V1
 RECIPE = 1  # raise it when a change below alters the voxels of a given seed
 THORAX_EVERY = 6  # bodies
 
-# What a density word means: HU over the organ's, or by itself.
-RELATIVE = {
-    "hypodense lesion": -48, "isodense lesion": 0, "hyperdense lesion": 60, "mixed-density lesion": -12,
-    "isodense soft tissue mass": -6, "ring enhancement": -5,
-}  # fmt: skip
-ABSOLUTE = {"hypoattenuating fluid-like lesion": (5, 20), "low-density ground-glass opacity": (-660, -540)}
-STONE = (600, 1000)
-SOFT_TISSUE = {"lung": 40, "stomach": 70, "colon": 70, "small bowel": 70, "duodenum": 70, "urinary bladder": 70}
+WALL_HU, LUNG_HU = 60, 45  # what a lesion of a hollow organ or a lung is compared with
+OUTWARD_SHARE = 0.4  # of lesions of solid organs
+SPLEEN_SHARE = 0.08
 SMALLEST = 0.2  # share of the asked ellipsoid that must find room
 
 
@@ -110,42 +126,39 @@ def has(report: LesionReport, key: str, *words: str) -> bool:
 
 
 def mean_density(report: LesionReport, organ: float, rng: np.random.Generator) -> float:
-    """Mean HU of the lesion.
+    """Mean HU of the lesion: its CT value, else drawn from the range of its density word.
 
     Args:
-        report: its CT value counts before its density word.
-        organ: HU of the organ.
-        rng: draws a few HU more or less, or where in its range an absolute density lies.
+        report: what is said.
+        organ: HU of the organ, of which most words are parts.
+        rng: draws within the range.
     """
-    share, density = rng.random(), report.attributes.get("density", "")
-    if said := re.search(r"-?\d+(\.\d+)?", report.attributes.get("CT value", "")):
-        return float(said.group())
-    if report.lesion.endswith("stone"):
-        return STONE[0] + share * (STONE[1] - STONE[0])
-    if density in ABSOLUTE:
-        low, high = ABSOLUTE[density]
-        return low + share * (high - low)
-    if "peripheral low-density ground-glass" in density:
-        return -480 + 60 * share
-    return organ + RELATIVE.get(density, -30) + 12 * (share - 0.5)
+    share, kind = rng.random(), LESION_KINDS.get(report.lesion)
+    if said := report.attributes.get(VALUE):
+        return float(said.removesuffix("HU"))
+    density = report.attributes.get(DENSITY, "")
+    low, high = (organ * (1 + part) for part in RELATIVE_HU.get(density, (-0.3, 0.1)))
+    if kind is not None and kind.hu and density in kind.densities:
+        low, high = kind.hu
+    low, high = ABSOLUTE_HU.get(density, (low, high))
+    return low + share * (high - low)
 
 
 def organ_density(report: LesionReport, image: Field, organ: Field) -> float:
     """HU of the organ itself: of a hollow one's wall, of solid tissue in a lung, else its median."""
-    for name, value in SOFT_TISSUE.items():
-        if report.organ.startswith(name):
-            return value
-    return float(np.median(image[organ]))
+    if is_hollow(report.organ):
+        return WALL_HU
+    return LUNG_HU if report.organ in LUNGS else float(np.median(image[organ]))
 
 
 def bumps(report: LesionReport, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Directions (K, 3), heights and sharpness (K,) of what makes the shape differ from an ellipsoid."""
     kinds = [(3, 0.03, 2.5)]
-    if has(report, "shape", "irregular"):
+    if has(report, SHAPE, "irregular"):
         kinds += [(6, 0.42, 4.0), (6, 0.2, 10.0)]
-    if has(report, "surface characteristics", "ill-defined", "unclear", "irregularity", "poorly"):
+    if has(report, MARGIN, "ill-defined", "unclear", "irregularity", "poorly"):
         kinds += [(10, 0.1, 12.0)]
-    if has(report, "specific features", "spiculated"):
+    if has(report, FEATURES, "spiculated"):
         kinds += [(12, 0.8, 25.0)]
     directions = rng.normal(size=(sum(n for n, _, _ in kinds), 3))
     heights = np.concatenate([h * rng.uniform(0.4 if h >= 0.5 else -0.8, 1, n) for n, h, _ in kinds])
@@ -186,19 +199,20 @@ def contents(
     mottling, areas = (smooth_field(distance.shape, np.maximum(share * size, 0.7), rng) for share in (0.28, 0.35))
     deepest = max(float(-distance[inside].min()), 1e-3)
     hu = np.zeros_like(distance)
-    if has(report, "density variations", "heterogeneous"):
-        hu += (80 if report.lesion.endswith("stone") else 17) * mottling
-    if has(report, "density", "mixed"):
+    if has(report, VARIATIONS, "heterogeneous"):
+        hu += 17 * mottling
+    if has(report, DENSITY, "mixed"):
         hu += 26 * areas
-    if has(report, "density", "ring"):
+    if has(report, DENSITY, "ring"):
         hu += 120 * np.clip(2 - 7 * np.abs(distance / deepest + 0.25), 0, 1)
-    if has(report, "density", "peripheral low-density ground-glass"):
-        hu -= 640 * np.clip(2.2 + 4 * distance / deepest, 0, 1)
-    if has(report, "specific features", "increased"):
+    if has(report, DENSITY, PART_SOLID):  # as much of the outside as makes the mean
+        rim = np.quantile(distance[inside], np.clip(1 - (LUNG_HU - mean) / 600, 0, 1))
+        hu -= 600 * np.clip(0.5 + 4 * (distance - rim) / deepest, 0, 1)
+    if has(report, FEATURES, "increased"):
         hu += 75 * np.clip(2 * areas - 1, 0, 1)
-    if has(report, "specific features", "decreased", "retention"):
+    if has(report, FEATURES, "decreased", "retention"):
         hu -= 60 * np.clip(-2 * mottling - 0.8, 0, 1)
-    if has(report, "specific features", "stone"):
+    if has(report, FEATURES, "stone") and "stone" not in report.lesion:
         hu += 350 * np.clip(-4 * distance / deepest - 2.4, 0, 1)
     return hu + mean - hu[inside].mean()
 
@@ -206,17 +220,16 @@ def contents(
 # ---------------------------------------------------------------- where it goes
 
 
-def among(places: np.ndarray, location: str, organ: np.ndarray) -> np.ndarray:
-    """The places (N, 3), RAS indices, that the words name: the outermost third of what is left for each word."""
-    words = set(re.findall(r"[a-z]+", location.lower()))
-    for axis, (low, high) in enumerate((("left", "right"), ("posterior", "anterior"), ("lower", "upper"))):
-        if len(words & {low, high}) == 1:
-            third = np.quantile(places[:, axis], 1 / 3 if low in words else 2 / 3)
-            places = places[places[:, axis] <= third if low in words else places[:, axis] >= third]
-    if "central" in words or "peripheral" in words:
-        away = np.linalg.norm((places - organ.mean(0)) / (organ.std(0) + 1), axis=1)
-        order = np.argsort(away, kind="stable")
-        places = places[np.sort(order[: -(-len(order) // 3)] if "central" in words else order[-(-len(order) // 3) :])]
+def among(places: np.ndarray, location: str, organ: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    """Those of the places (N, 3), with depths (N,), that lie where the words say, e.g. in the upper half."""
+    for axis, side in (SIDES[word] for word in location_words(location)):
+        if axis == 3:
+            fits = side * (depth - np.median(depth)) >= 0
+        else:
+            # Theirs are S, A, L, ours R, A, S.
+            at, extent = (side if axis < 2 else -side) * places[:, 2 - axis], organ[:, 2 - axis]
+            fits = at >= (side if axis < 2 else -side) * (extent.min() + extent.max()) / 2
+        places, depth = (places[fits], depth[fits]) if fits.any() else (places, depth)
     return places
 
 
@@ -227,17 +240,17 @@ def place_lesion(
     cavity = cavity_of(report)
     # In units of the ellipsoid, so that at depth 1 it fits.
     depth = ndimage.distance_transform_edt(organ, sampling=spacing / radii)
-    if "protruding" in cavity:
+    if cavity == OUTWARD:
         room = ndimage.uniform_filter(free.astype(np.float32), np.maximum(1, np.rint(2 * radii / spacing)).astype(int))
         fits = (depth > 0) & (depth < max(0.7, 1.01 * depth[depth > 0].min()))
         fits &= depth >= min(0.3, depth[fits].max())
         fits &= room >= 0.75 * room[fits].max()
-    elif "wall thickening" in cavity:
-        touching = has(report, "shape", "protrusion")
+    elif cavity == WALL:
+        touching = has(report, SHAPE, "protrusion")
         fits = (depth > 0) & (depth < max(0.8 if touching else 0.45, 1.01 * depth[depth > 0].min()))
     else:
         fits = depth >= min(1.0, 0.98 * float(depth.max()))
-    places = among(np.argwhere(fits), report.location, np.argwhere(organ))
+    places = among(np.argwhere(fits), report.location, np.argwhere(organ), depth[fits])
     return places[rng.integers(len(places))]
 
 
@@ -246,7 +259,7 @@ def crescent(
 ) -> Field:
     """Distance to what lies deeper in a hollow organ than a thickened wall of uneven thickness."""
     depth = ndimage.distance_transform_edt(organ, sampling=spacing).astype(np.float32) - float(spacing.min()) / 2
-    thick = (0.9 if has(report, "shape", "narrowing") else 0.6) * float(radii.min())
+    thick = (0.9 if has(report, SHAPE, "narrowing") else 0.6) * float(radii.min())
     uneven = 1 + 0.25 * smooth_field(organ.shape, np.maximum(0.4 * radii / spacing, 0.7), rng)
     return depth - np.clip(thick, float(spacing.max()), 16) * uneven
 
@@ -272,11 +285,11 @@ def paint_lesion(
     back = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), turn)
     spacing = np.empty(3)
     spacing[turn[:, 0].astype(int)] = nib.affines.voxel_sizes(affine)
-    painted, lesion = image.copy(), np.zeros(image.shape, dtype=bool)
-    views = [nib.orientations.apply_orientation(x, turn) for x in (painted, organs, lesion)]
-    _paint(*views, spacing, report, rng)
-    restored = [nib.orientations.apply_orientation(x, back) for x in (views[0], views[2])]
-    return np.ascontiguousarray(restored[0]), np.ascontiguousarray(restored[1])
+    painted, mask = image.copy(), np.zeros(image.shape, dtype=bool)
+    seen, labels, lesion = (nib.orientations.apply_orientation(x, turn) for x in (painted, organs, mask))
+    _paint(seen, labels, lesion, spacing, report, rng)
+    seen, lesion = (nib.orientations.apply_orientation(x, back) for x in (seen, lesion))
+    return np.ascontiguousarray(seen), np.ascontiguousarray(lesion)
 
 
 def _paint(
@@ -303,11 +316,11 @@ def _paint(
     edge = float(np.prod(spacing) ** (1 / 3))
     distance = shape_distance(offset, radii, report, rng)
     inner = tuple(slice(b.start - w.start, b.stop - w.start) for b, w in zip(box, whole, strict=True))
-    if "protruding" in cavity_of(report):
+    if cavity_of(report) == OUTWARD:
         allowed = (organ | free)[inner]
     else:
         allowed = organ[inner]
-        if "wall thickening" in cavity_of(report) and not has(report, "shape", "protrusion"):
+        if cavity_of(report) == WALL and not has(report, SHAPE, "protrusion"):
             distance = np.maximum(distance, crescent(report, organ, spacing, radii, rng)[inner])
     distance = np.where(allowed, distance, 1e3)
     middle = tuple(c - b.start for c, b in zip(centre, box, strict=True))
@@ -316,13 +329,13 @@ def _paint(
     inside = pieces == pieces[middle]
     distance = np.where(inside | (distance > 0), distance, edge)
     if inside.sum() * np.prod(spacing) < SMALLEST * 4 / 3 * np.pi * np.prod(radii) - np.prod(spacing):
-        size = " x ".join(f"{side:g}" for side in report.size_mm)
+        size = " x ".join(f"{2 * radius:g}" for radius in radii)
         raise CaseError(f"a lesion of {size} mm does not fit into the {report.organ}: ask for a smaller one")
 
     base = organ_density(report, image[whole], organ)
     mean = mean_density(report, base, rng)
     new = contents(report, mean, inside, distance, radii / spacing, rng) + _noise(image[whole], old.shape, rng)
-    if has(report, "density", "ground-glass"):
+    if has(report, DENSITY, GROUND_GLASS):
         new = np.maximum(new, np.where(inside, old, new))  # vessels show through it
     mixed = old + _cover(report, distance, edge, float(radii.min())) * (new - old)
     image[box] = np.clip(np.rint(mixed), -1024, 3071) if np.issubdtype(image.dtype, np.integer) else mixed
@@ -337,7 +350,7 @@ def _around(voxels: np.ndarray, reach: np.ndarray, shape: Sequence[int]) -> tupl
 
 def _cover(report: LesionReport, distance: Field, edge: float, radius: float) -> Field:
     """Share of the lesion in each voxel: one voxel of partial volume, or the slow ramp of an ill-defined margin."""
-    if has(report, "surface characteristics", "ill-defined", "unclear", "poorly"):
+    if has(report, MARGIN, "ill-defined", "unclear", "poorly"):
         return np.clip(0.35 - distance / max(edge, 0.4 * radius), 0, 1)
     return np.clip(0.5 - distance / edge, 0, 1)
 
@@ -371,22 +384,39 @@ def described(body: LesionBody, rng: np.random.Generator) -> tuple[np.ndarray, n
     Returns:
         image and lesion mask (X, Y, Z), report.
     """
-    counts = np.bincount(body.organs.ravel())
-    present = [int(n) for n in np.flatnonzero(counts * abs(np.linalg.det(body.affine[:3, :3])) > 4000) if n]
+    spacing = nib.affines.voxel_sizes(body.affine)
+    extents = whole_organs(body.organs, spacing)
     for _ in range(40):
-        report = draw_report(rng, present)
-        said = {key: value for key, value in report.attributes.items() if key != "CT value"}
-        said["enhancement status"] = "enhanced ct" if body.enhanced else "non-contrast ct"
+        drawn = draw_report(rng, extents)
+        if rng.random() < SPLEEN_SHARE and organ_id("spleen") in extents:  # not of the publication, but of many scans
+            drawn = LesionReport("spleen")
+        said = {ENHANCEMENT: "enhanced ct" if body.enhanced else "non-contrast ct"}
+        solid = not is_hollow(drawn.organ) and drawn.organ not in LUNGS and "stone" not in drawn.lesion
+        if rng.random() < OUTWARD_SHARE and solid:
+            said[CAVITY] = OUTWARD
+        wish = LesionReport(drawn.organ, drawn.lesion, said)
+        report = complete(wish, rng, extents, extents[organ_id(drawn.organ)])
+        words = {key: value for key, value in report.attributes.items() if key != VALUE}
         try:
-            image, lesion = paint_lesion(body.image, body.organs, body.affine, replace(report, attributes=said), rng)
+            image, lesion = paint_lesion(body.image, body.organs, body.affine, replace(report, attributes=words), rng)
         except CaseError:  # drawn too large for this body
             continue
-        if rng.random() < 0.8:
-            said["CT value"] = f"{image[lesion].mean():.0f} HU"
-        sides = np.ptp(np.argwhere(lesion), axis=0) + 1
-        size = tuple(round(float(side), 1) for side in sides * nib.affines.voxel_sizes(body.affine))
-        return image, lesion, replace(report, attributes=said, size_mm=size)
-    raise RuntimeError(f"no lesion fits into a body with organs {present}: use more voxels")
+        words[VALUE] = f"{image[lesion].mean():.0f} HU"
+        x, y, z = (np.ptp(np.argwhere(lesion), axis=0) + 1) * spacing
+        size = (round(float(x), 1), round(float(y), 1), round(float(z), 1))
+        return image, lesion, replace(report, attributes=words, size_mm=size)
+    raise RuntimeError(f"no lesion fits into a body with organs {sorted(extents)}: use more voxels")
+
+
+def whole_organs(organs: Field, spacing: np.ndarray) -> dict[int, tuple[float, float, float]]:
+    """Extent (x, y, z) in mm of each organ, by number, that the ends of the scan do not cut."""
+    found = {}
+    ends = np.bincount(organs[:, :, [0, -1]].ravel(), minlength=256)
+    for number, box in enumerate(ndimage.find_objects(organs), start=1):
+        if box is not None and ends[number] < 0.02 * (organs[box] == number).sum():
+            x, y, z = (float((b.stop - b.start) * s) for b, s in zip(box, spacing, strict=True))
+            found[number] = (x, y, z)
+    return found
 
 
 def lesion_cohort(
@@ -416,12 +446,12 @@ def lesion_cohort(
     Returns:
         The folder, as a string.
     """
-    shape = tuple(int(n) for n in shape)
+    x, y, z = (int(n) for n in shape)
 
     def generate(number: int, paths: Sequence[Path], note: str) -> None:
         person = int(stem(paths[0]).rpartition("_")[2]) // body_every
         own = int(np.random.SeedSequence([seed, person, 3]).generate_state(1)[0])
-        body = lesion_body(own, shape, chest=person % THORAX_EVERY == THORAX_EVERY - 1)
+        body = lesion_body(own, (x, y, z), chest=person % THORAX_EVERY == THORAX_EVERY - 1)
         image, lesion, report = described(body, np.random.default_rng([number, 4]))
         organ = np.isin(body.organs, [organ_id(name) for name in report.organs or (report.organ,)])
         label = np.where(lesion, 2, organ).astype(np.uint8)
@@ -433,8 +463,8 @@ def lesion_cohort(
             write_nifti(path, np.ascontiguousarray(volume[box]), affine, note)
 
     folders = ("REPORT/lesion_{:04d}.json", *(f"{name}/lesion_{{:04d}}.nii.gz" for name in ("CT", "ORGANS", "LABEL")))
-    settings = {"kind": "lesion" if lesions else "lesion request", "recipe": RECIPE, "seed": seed, "shape": shape}
-    settings |= {"crop": crop, "body_every": body_every}
+    settings: dict[str, Any] = {"kind": "lesion" if lesions else "lesion request", "recipe": RECIPE, "seed": seed}
+    settings |= {"shape": (x, y, z), "crop": crop, "body_every": body_every}
     fill_cohort(directory, num_cases, folders if lesions else folders[:3], settings, generate)
     return str(directory)
 
