@@ -155,14 +155,22 @@ def read_reports(content: Mapping | str | os.PathLike, name: str = "") -> list[L
     if not isinstance(content, Mapping):
         name, content = name or str(content), _read_json(content)
     where = f"report {name}".rstrip()
+    reports = read_strictly(content, where)
+    for report in reports:
+        for problem in unknown_values(report):
+            tell_once(f"{where}: {report.organ}: {problem}; it is kept as it is")
+    return reports
+
+
+def read_strictly(content: Mapping, where: str) -> list[LesionReport]:
+    """As `read_reports`, of a dict; nothing is said of words that are in no vocabulary."""
     if content and all(str(key).strip().isdigit() for key in content):
         return _from_reference(content, where)
     content = {"lesions": [content]} if "organ" in content and "lesions" not in content else content
     content = _usual_keys(content)
-    if problems := [_problem(error) for error in _VALIDATOR.iter_errors(content)]:
-        raise CaseError(f"{where}: " + "; ".join(problems))
-    reports, problems = [], []
-    for number, entry in enumerate(content["lesions"]):
+    problems = [_problem(error) for error in _VALIDATOR.iter_errors(content)]
+    reports = []
+    for number, entry in enumerate([] if problems else content["lesions"]):
         try:
             reports.append(_from_ours(entry, f"lesions[{number}]"))
         except CaseError as error:
@@ -235,7 +243,7 @@ def _problem(error: Any) -> str:
     if error.validator == "additionalProperties":
         known = list(error.schema["properties"])
         wrong = next(key for key in error.instance if key not in known)
-        return f"{path}.{wrong}".lstrip(".") + f" is no field{near(wrong, known)}; allowed are {', '.join(known)}"
+        return f"{path}.{wrong}".lstrip(".") + f" is no field{near(wrong, known)}"
     return f"{path or 'it'}: {error.message[:200]}"
 
 
@@ -265,8 +273,6 @@ def _from_ours(entry: Mapping, path: str) -> LesionReport:
         cavity_of(report)
     except CaseError as error:
         raise CaseError(f"{path}.attributes.{error}") from None
-    for problem in unknown_values(report):
-        tell_once(f"{path}.attributes.{problem}: it is kept as it is")
     return report
 
 
@@ -284,10 +290,7 @@ def _from_reference(content: Mapping, where: str) -> list[LesionReport]:
         if attributes.get(CAVITY) and attributes[CAVITY] not in cavities_of(organ):
             # The reference throws a report's cavity away, so a wrong one has harmed nobody so far.
             tell_once(f"{where}: {key}.{CAVITY} {attributes.pop(CAVITY)!r} does not fit {organ}, and is left out")
-        report = LesionReport(organ, "", _ordered(attributes), size, source="reference")
-        for problem in unknown_values(report):
-            tell_once(f"{where}: {key}.{problem}: it is kept as it is")
-        reports.append(report)
+        reports.append(LesionReport(organ, "", _ordered(attributes), size, source="reference"))
     return _together(reports)
 
 

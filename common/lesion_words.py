@@ -370,9 +370,10 @@ def _plain(text: str) -> str:
 
 
 def near(word: str, known: Iterable[str]) -> str:
-    """A hint at the nearest of the known words, for a message; empty where none is near."""
-    found = difflib.get_close_matches(word, list(known), 1, 0.5)
-    return f" (did you mean {found[0]!r}?)" * bool(found)
+    """A hint at the nearest of the known words, for a message, or at all of them."""
+    known = sorted(known)
+    found = difflib.get_close_matches(word, known, 1, 0.5)
+    return f" (did you mean {found[0]!r}?)" if found else f" ({'; '.join(known)})"
 
 
 @functools.cache
