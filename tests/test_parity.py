@@ -21,13 +21,14 @@ from monai.data import MetaTensor
 from monai.inferers import DiffusionInferer
 from monai.transforms import Compose, Orientationd, Resized, ScaleIntensityRange
 from PIL import Image
-from scipy import stats
+from scipy import ndimage, stats
 
+from common import lesion_boxes
 from common.attribute_unet import AttributeUNet
 from common.autoencoder import LatentSpace, LDMAutoencoder
 from common.categorical import CategoricalKLLoss, CategoricalSampler, CategoricalScheduler
 from common.checkpoints import read_knobs, read_weights, select, translate
-from common.codebook import VQ, CodebookAutoencoder
+from common.codebook import VQ, CodebookAutoencoder, codebook_usage
 from common.conditioning import ConditionPrepareBatch, CrossAttention, Guided, GuidedContext
 from common.controlnet import DenseHintInput, HintControlNet
 from common.ldm_layout import (
@@ -49,6 +50,8 @@ from common.lesion_diffusion import (
     LesionInferer,
     box_volume,
 )
+from common.lesion_geometry import AIR, Grid, crop_start, resample, to_hu, to_unit, working_grid
+from common.lesion_plan import on_latents
 from common.mask_statistics import GaussianProcessKDE, size_regressor
 from common.report_unet import ReportUNet, TextAdapter
 from common.sampler import DiffusionSampler, InversionSampler, LayoutGuidedSampler
@@ -1327,6 +1330,16 @@ def test_lesion_diffusion_paint_training(name):
     assert_near_relative(network.conv_in.conv.weight.grad, data["grad_conv_in"], 2e-5)
 
 
+def lesion_autoencoder(name: str) -> CodebookAutoencoder:
+    """The first stage in a checkpoint of the second."""
+    prefix = "first_stage_model."
+    source = {k.removeprefix(prefix): v for k, v in lesion_checkpoint(name).items() if k.startswith(prefix)}
+    dims = source["encoder.conv_in.weight"].ndim - 2
+    autoencoder = CodebookAutoencoder(dims, **read_knobs(source, VQ)).eval()
+    autoencoder.load_state_dict(translate(source, VQ, autoencoder.state_dict()))
+    return autoencoder
+
+
 def lesion_painted(name: str) -> tuple[torch.Tensor, InpaintingSampler]:
     """The chain's latents, and the sampler that made them."""
     data, ddim = tensors("lesion_diffusion", name), lesion_settings(name)["ddim"]
@@ -1351,9 +1364,232 @@ def test_lesion_diffusion_paint_chain(name):
     assert_near_relative(sample, data["ddim_sample"], 5e-6)
     assert torch.equal(data["ddim_mask_out"], mask)
     assert sampler.mask_logit.shape == mask.shape
-    prefix = "first_stage_model."
-    source = {k.removeprefix(prefix): v for k, v in lesion_checkpoint(name).items() if k.startswith(prefix)}
-    autoencoder = CodebookAutoencoder(sample.ndim - 2, **read_knobs(source, VQ)).eval()
-    autoencoder.load_state_dict(translate(source, VQ, autoencoder.state_dict()))
     with torch.no_grad():
-        assert_near(autoencoder.decode(data["ddim_sample"]), data["decoded"], 3e-5)
+        assert_near(lesion_autoencoder(name).decode(data["ddim_sample"]), data["decoded"], 3e-5)
+
+
+LESION_DATA = pytest.mark.parametrize("name", files_of_set("lesion_diffusion", "*preproc*.json"))
+LESION_TEXTS = pytest.mark.parametrize("name", files_of_set("lesion_diffusion", "*text*.json"))
+LESION_HOLLOW = ("urinary bladder", "stomach", "colon", "esophagus")
+
+
+def lesion_arrays(name: str) -> dict[str, np.ndarray]:
+    """The arrays beside a JSON file."""
+    return arrays("lesion_diffusion", name.replace(".json", "_arrays.npz"))
+
+
+def numbered(data: Iterable[str], pattern: str) -> list[str]:
+    """Numbers that complete a pattern to names of data."""
+    return sorted(found[1] for key in data if (found := re.fullmatch(pattern, key)))
+
+
+@LESION_DATA
+def test_lesion_diffusion_intensities(name):
+    data = {key: torch.from_numpy(value) for key, value in lesion_arrays(name).items()}
+    assert_near(to_unit(data["hu"]), data["hu_norm"], 2e-7)
+    assert_near(to_hu(data["norm"]), data["norm_hu"], 2e-4)
+
+
+@LESION_DATA
+def test_lesion_diffusion_orientation(name):
+    """Their loader's axes are ours, S, A, L, whatever the file's."""
+    data = lesion_arrays(name)
+    for i in numbered(data, r"std(\d+)_in"):
+        for file, of, loaded in (("in", "affine", f"load{i}_array"), ("out", "out_affine", f"std{i}_loaded")):
+            volume, affine = torch.from_numpy(data[f"std{i}_{file}"])[None], data[f"std{i}_{of}"]
+            own = np.abs(affine[:3, :3]).max(axis=1)[::-1]
+            ours = resample(volume, affine, working_grid(volume.shape[1:], affine, own))
+            assert_near(ours[0], torch.from_numpy(data[loaded]).float(), 1e-4)
+
+
+@LESION_DATA
+def test_lesion_diffusion_true_spacing(name):
+    """Theirs zooms end to end, (n - 1) s mm over m voxels that it declares 1 mm; ours is where it says."""
+    data, facts = lesion_arrays(name), settings("lesion_diffusion", name)
+    for i in numbered(data, r"std(\d+)_in"):
+        volume, affine = data[f"std{i}_in"], data[f"std{i}_affine"]
+        theirs, declared = data[f"std{i}_out"], np.array(facts[f"std{i}"]["out_zooms"])
+        own = Grid(affine, volume.shape)
+        lps = MetaTensor(torch.from_numpy(volume)[None], affine=torch.from_numpy(affine))
+        lps = Orientationd("image", axcodes=facts[f"std{i}"]["out_axcodes"], labels=None)({"image": lps})["image"]
+        n, m = np.array(lps.shape[1:]), np.array(theirs.shape)
+        pitch = np.array(np.linalg.norm(np.asarray(lps.affine)[:3, :3], axis=0))
+        places = [np.arange(b) * (a - 1) / (b - 1) for a, b in zip(n, m)]
+        zoomed = ndimage.map_coordinates(np.asarray(lps[0], np.float64), np.meshgrid(*places, indexing="ij"), order=1)
+        np.testing.assert_allclose(theirs, zoomed, atol=1e-3)
+        assert np.abs((n - 1) * pitch / (m - 1) - declared).max() > 0.01 or np.allclose(pitch, declared)
+
+        ours = working_grid(volume.shape, affine, float(declared[0]))
+        np.testing.assert_allclose(ours.spacing, declared)
+        extent = np.sort([own.to_world([-0.5] * 3), own.to_world(np.array(volume.shape) - 0.5)], axis=0)
+        covered = np.sort([ours.to_world([-0.5] * 3), ours.to_world(np.array(ours.shape) - 0.5)], axis=0)
+        assert (covered[0] <= extent[0] + 1e-6).all()
+        assert (covered[1] >= extent[1] - 1e-6).all()
+        assert (covered[1] - covered[0] < extent[1] - extent[0] + declared).all()
+        if own.spacing.min() >= declared.max():  # nothing to average: the plain reading at the true place
+            at = own.index_of(ours.to_world(np.moveaxis(np.indices(ours.shape), 0, -1)))
+            plain = ndimage.map_coordinates(volume.astype(np.float64), np.moveaxis(at, -1, 0), order=1, mode="nearest")
+            inside = ((at >= -0.5) & (at <= np.array(volume.shape) - 0.5)).all(axis=-1)
+            found = resample(torch.from_numpy(volume)[None], affine, ours, fill=AIR)[0].numpy()
+            np.testing.assert_allclose(found[inside], plain[inside], atol=1e-3)
+            assert (found[~inside] == AIR).all()
+
+
+@LESION_DATA
+def test_lesion_diffusion_training_crops(name):
+    """Around the largest lesion; where theirs pads with water at the end, to the crop and 8, ours has air around."""
+    data, facts = lesion_arrays(name), settings("lesion_diffusion", name)
+    for i in numbered(data, r"crop(\d+)_label"):
+        size, label = facts[f"crop{i}"]["crop"], data[f"crop{i}_label"]
+        short = any(n <= s for n, s in zip(label.shape[1:], size))
+        full = [max(n, s + 8) if short else n for n, s in zip(label.shape[1:], size)]
+        assert full == facts[f"crop{i}"]["full_size"]
+        padding = [(0, 0), *((0, f - n) for f, n in zip(full, label.shape[1:]))]
+        centre = lesion_boxes.centre_of(label[0] == 2)
+        start = crop_start(centre, size, full)
+        assert list(start) == facts[f"crop{i}"]["crop_start"]
+        for key in ("label", "image"):
+            volume = torch.from_numpy(data[f"crop{i}_{key}"])
+            padded = torch.from_numpy(np.pad(volume.numpy(), padding))
+            grid = Grid(np.eye(4), tuple(full))
+            found = resample(padded, np.eye(4), grid.crop(start, size), "nearest")
+            assert torch.equal(found, torch.from_numpy(data[f"crop{i}_{key}_out"]))
+            if short:
+                ours = crop_start(centre, size, volume.shape[1:])
+                found = resample(volume, np.eye(4), grid.crop(ours, size), "nearest", fill=-9)[0]
+                there = lesion_boxes.Box(tuple(max(0, -a) for a in ours), volume.shape[1:]).slices
+                kept = lesion_boxes.Box(tuple(max(0, a) for a in ours), tuple(size)).slices
+                assert torch.equal(found[there], volume[0][kept])
+                assert (found == -9).sum() == found.numel() - volume[0][kept].numel()
+
+
+@LESION_DATA
+def test_lesion_diffusion_boxes(name):
+    """Every centre that theirs can draw; and its boxes, which lose a voxel of odd sizes where ours do not."""
+    data, facts = lesion_arrays(name), settings("lesion_diffusion", name)
+    for i, asked in enumerate(facts["boxes"]):
+        organ = data["box_seg"] == int(asked["organ_label"])
+        wanted = {"hollow": asked["organ_type"] in LESION_HOLLOW, "cavity": asked["cavity"]}
+        ours = lesion_boxes.box_centres(organ, asked["size"], **wanted, reference=True)
+        ours, theirs = {tuple(c) for c in ours.tolist()}, {tuple(c) for c in data[f"box{i}_centres"].tolist()}
+        assert theirs <= ours
+        assert theirs == ours or "fallback" in asked["how"]
+    for i, asked in enumerate(facts["box_masks"]):
+        half = [n // 2 for n in asked["size"]]
+        theirs = data[f"boxmask{i}"] == 2
+        first = tuple(c - h for c, h in zip(asked["centre"], half))
+        box = lesion_boxes.Box(first, tuple(2 * h for h in half))
+        assert np.array_equal(box.mask(theirs.shape), theirs)
+        ours = lesion_boxes.Box.around(asked["centre"], asked["size"])
+        assert ours.start == first
+        assert ours.size == tuple(asked["size"])
+
+
+@LESION_TEXTS
+def test_lesion_diffusion_training_targets(name):
+    """The organ and the largest lesion that the mask network learns."""
+    data = lesion_arrays(name)
+    for case in settings("lesion_diffusion", name)["cases"]:
+        of = {k.removeprefix(f"{case['name']}_"): v for k, v in data.items() if k.startswith(f"{case['name']}_")}
+        if "train_target" not in of:
+            continue
+        lesion = of["label"] == 2
+        target = lesion_boxes.target_numbers(of["coarseg"], case["organ_keys"], lesion)
+        assert np.array_equal(np.isin(of["seg"], target), of["train_target"][0])
+        (largest,) = lesion_boxes.components(lesion, max_count=1)
+        assert np.array_equal(largest.in_volume(lesion.shape), of["train_label"][0])
+
+
+@LESION_TEXTS
+def test_lesion_diffusion_masks(name):
+    """Crops, conditions, thresholds and tries of all lesions of a case, from the recorded draws of the network."""
+    data = lesion_arrays(name)
+    for case in settings("lesion_diffusion", name)["cases"]:
+        of = {k.removeprefix(f"{case['name']}_"): v for k, v in data.items() if k.startswith(f"{case['name']}_")}
+        if "infer_soft" not in of:
+            continue
+        size, shape = case["infer_crop"], of["seg"].shape
+        least = lesion_boxes.least_voxels(1.0, stone="stone" in Path(case["image_path"]).parts[-3])
+        taken, organs, attempt = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool), 0
+        for asked in lesion_boxes.components(of["infer_bbox"] == 2):
+            start = crop_start(asked.box.centre, size, shape)
+            crop = lesion_boxes.Box(start, tuple(size)).slices
+            box = asked.box.moved([-a for a in start])
+            target = lesion_boxes.target_numbers(of["coarseg"][crop], case["organ_keys"], np.ones(size, dtype=bool))
+            organ = np.isin(of["seg"], target)
+            for _ in range(2):
+                assert np.array_equal(organ[crop], of["infer_targets"][attempt])
+                assert np.array_equal(box.mask(size), of["infer_boxes"][attempt])
+                np.testing.assert_allclose(of["seg"][crop] / 104, of["infer_segcond"][attempt], atol=1e-7)
+                lesion = lesion_boxes.binarise(
+                    of["infer_soft"][attempt], box, least=least, taken=taken[crop], reference=True
+                )
+                attempt += 1
+                if lesion.accepted:
+                    break
+            if not lesion.overlaps:
+                taken[crop] |= lesion.mask
+            organs |= organ
+        assert attempt == len(of["infer_soft"])
+        assert np.array_equal(np.where(taken, 2, organs), of["infer_mask_out"])
+
+
+@pytest.mark.parametrize("name", files_of_set("lesion_diffusion", "*vq*_io.npz"))
+def test_lesion_diffusion_vq(name):
+    """The autoencoder and its codebook: latents, the codes they choose, images, loss and gradients."""
+    data = tensors("lesion_diffusion", name)
+    source, _ = select(lesion_checkpoint(name), VQ)
+    knobs = read_knobs(source, VQ)
+    autoencoder = CodebookAutoencoder(data["x"].ndim - 2, **knobs).eval()
+    autoencoder.load_state_dict(translate(source, VQ, autoencoder.state_dict()))
+    expected = lesion_settings(name)["vq"]
+    assert (knobs["num_codes"], knobs["latent_channels"]) == (expected["n_embed"], expected["embed_dim"])
+    assert autoencoder.factor == 2 ** len(expected["ddconfig"]["sample_depth"])
+
+    latent = autoencoder.encode(data["x"]).detach().requires_grad_()
+    codes, indices, loss = autoencoder.quantise(latent)
+    (codes.sum() + loss).backward()
+    assert_near(latent, data["z_prequant"], 2e-5)
+    assert torch.equal(indices, data["indices"].view(indices.shape))
+    assert_near(codes, data["z_quant"], 2e-5)
+    assert_near(loss, data["codebook_loss"], 1e-6)
+    assert_near_relative(codebook_usage(indices, knobs["num_codes"])[1], data["perplexity"], 1e-5)
+    assert_near(latent.grad, data["grad_z_of_sum_plus_loss"], 1e-6)
+    assert_near(autoencoder.codebook.weight.grad, data["grad_codebook"], 1e-6)
+    with torch.no_grad():
+        assert_near(autoencoder.decode(data["z_prequant"]), data["dec"], 2e-5)
+        assert_near(autoencoder.decode(data["z_prequant"], quantised=False), data["dec_unquantised"], 2e-5)
+        assert_near(autoencoder.reconstruct(data["x"]), data["dec"], 2e-5)
+
+
+@LESION_DATA
+def test_lesion_diffusion_whole_run(name):
+    """Two lesions, the larger first, each in what the one before left; and the published way back to a file.
+
+    That way, decoding and replacing the whole scan, is not ours: see `test_lesion_sampler`.
+    """
+    facts, paint = settings("lesion_diffusion", name)["e2e"], LESION_PAINT[0]
+    data = {k: torch.from_numpy(v) for k, v in lesion_arrays(name).items() if k.startswith("e2e_")}
+    autoencoder, network = lesion_autoencoder(paint), lesion_network(paint)
+    with torch.no_grad():
+        latent = autoencoder.encode(data["e2e_image_norm"][None, None])
+        assert_near(latent, data["e2e_latent"], 2e-5)
+        mask = on_latents((data["e2e_label"] == 2)[None, None], latent.shape[2:])
+        assert torch.equal(mask, data["e2e_latent_mask"][:, 1:])
+        lesions = lesion_boxes.components(data["e2e_label"].numpy() == 2, facts["max_lesions"])
+        assert len(lesions) == len(facts["latent_crops"])
+        for k, (lesion, crop, noise) in enumerate(zip(lesions, facts["latent_crops"], data["e2e_noise"], strict=True)):
+            start = crop_start(lesion.box.centre, facts["crop"], data["e2e_label"].shape)
+            part = (..., *(slice(crop[f"{a}1"], crop[f"{a}2"]) for a in "whd"))
+            assert [s.start for s in part[1:]] == [n // autoencoder.factor for n in start]
+            sampler = InpaintingSampler(
+                lesion_ddim(paint, facts["eta"]),
+                facts["ddim_steps"],
+                channels=latent.shape[1],
+                condition=lesion_condition(paint),
+            )
+            inputs, context = torch.cat([latent, mask], dim=1)[part], data["e2e_context"][k : k + 1]
+            latent[part] = sampler(inputs, network, noise=Replay(noise), context=context)
+        image = autoencoder.decode(latent)[0, 0]
+    assert_near(image, data["e2e_out"], 5e-5)
+    assert_near(to_hu(image).permute(2, 1, 0).flip(1), data["e2e_saved_hu"], 0.2)
