@@ -6,8 +6,9 @@ method): absolute error, codebook loss, and later two discriminators, one that s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,10 +17,13 @@ from monai.engines import IterationEvents
 from monai.networks.blocks import Convolution
 from monai.networks.nets import PatchDiscriminator
 from monai.networks.nets.autoencoderkl import Decoder, Encoder
+from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .checkpoints import unwrapped
+
+logger = logging.getLogger(__name__)
 
 Pred = tuple[Tensor, Tensor, Tensor]
 
@@ -59,7 +63,8 @@ class CodebookAutoencoder(nn.Module):
                 f"channels {tuple(channels)}, encoder_blocks {tuple(encoder_blocks)} and decoder_blocks "
                 f"{tuple(decoder_blocks)} must have an entry for each level"
             )
-        self.spatial_dims, self.out_channels, self.num_codes = spatial_dims, out_channels, num_codes
+        self.spatial_dims, self.num_codes = spatial_dims, num_codes
+        self.in_channels, self.out_channels = in_channels, out_channels
         self.factor = 2 ** (len(channels) - 1)
         common: dict[str, Any] = {
             "spatial_dims": spatial_dims, "channels": channels, "attention_levels": [False] * len(channels),
@@ -108,7 +113,7 @@ class CodebookAutoencoder(nn.Module):
             codes (B, z, *s), whose gradient goes straight through to ``latent``; their numbers (B, *s); the codebook
             loss, with 0.25 on the term that moves the codes, as published (elsewhere it is on the other).
         """
-        with torch.autocast(latent.device.type, enabled=False):
+        with torch.autocast("cuda" if latent.is_cuda else "cpu", enabled=False):
             latent = latent.to(self.codebook.weight.dtype)
             indices = self.nearest(latent)
             codes = self.codebook(indices).movedim(-1, 1)
@@ -127,6 +132,41 @@ class CodebookAutoencoder(nn.Module):
         """Training's view of images (B, C, *S) -> reconstruction, codebook loss, numbers of the codes (B, *s)."""
         codes, indices, loss = self.quantise(self.encode(image))
         return self.decode(codes, quantised=False), loss, indices
+
+
+class CodeSpace:
+    """Where LINet's diffusion runs: latents of a codebook's autoencoder before they are quantised, scaled.
+
+    No gradient is kept: the autoencoder is a fixed frame.
+
+    Args:
+        autoencoder: its weights are frozen.
+        scale: latents are multiplied by it, about to unit variance (published: 1, as they are).
+    """
+
+    def __init__(self, autoencoder: CodebookAutoencoder, scale: float = 1.0) -> None:
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        self.scale = scale
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> Tensor:
+        """Scaled latents (B, z, *s) of images (B, C, *S) in [0, 1]."""
+        return self.scale * self.autoencoder.encode(image)
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor) -> Tensor:
+        """Images (B, C, *S) of scaled latents, quantised on the way."""
+        return self.autoencoder.decode(latent / self.scale)
+
+
+@torch.no_grad()
+def tell_scale(autoencoder: CodebookAutoencoder, images: Sequence[Tensor]) -> float:
+    """Log, for the stage that follows, the scale that gives these images' latents unit variance."""
+    device = autoencoder.last_weight.device
+    latents = torch.cat([autoencoder.encode(convert_to_tensor(image)[None].to(device)).flatten() for image in images])
+    scale = float(1 / latents.float().std())
+    logger.info(f"latents have unit variance with --latent_scale {scale:.3f}")
+    return scale
 
 
 def codebook_usage(indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
@@ -245,7 +285,7 @@ class AdversarialCodebookLoss:
         layers: int = 3,
         lr: float = 1e-4,
     ) -> None:
-        self.network: Any = unwrapped(network)
+        self.network = cast(CodebookAutoencoder, unwrapped(network))
         self.loss = loss
         self.start, self.weight, self.step = start, weight, 0
         self.discriminators = nn.ModuleList(
@@ -286,9 +326,8 @@ class AdversarialCodebookLoss:
         )
         loss.sum().backward()
         if dist.is_initialized():
-            for parameter in self.discriminators.parameters():
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= dist.get_world_size()
+            for gradient in (p.grad for p in self.discriminators.parameters() if p.grad is not None):
+                dist.all_reduce(gradient.div_(dist.get_world_size()))
         self.optimizer.step()
         return loss.detach().mean()
 
@@ -324,7 +363,7 @@ class CodebookRevival:
     """
 
     def __init__(self, network: nn.Module, every: int = 0) -> None:
-        self.network: Any = unwrapped(network)
+        self.network = cast(CodebookAutoencoder, unwrapped(network))
         self.every = every
         self.used = torch.zeros(self.network.num_codes, dtype=torch.bool, device=self.network.last_weight.device)
 
@@ -344,6 +383,7 @@ class CodebookRevival:
         self.replace(latents[torch.randperm(len(latents)).to(latents.device)])
         self.used.zero_()
 
+    @torch.no_grad()
     def replace(self, latents: Tensor) -> None:
         """Give unused codes the first of these latents (N, z); all ranks alike."""
         codes: Tensor = self.network.codebook.weight
