@@ -383,15 +383,20 @@ def centre_of(mask: np.ndarray) -> Triple:
     return found[0].box.centre
 
 
-def target_organ(organs: np.ndarray, numbers: Sequence[int], region: np.ndarray) -> np.ndarray:
-    """The organ that a report speaks of, bool: of several the one with most of a region, of lungs all lobes.
+def target_numbers(organs: np.ndarray, numbers: Sequence[int], region: np.ndarray) -> list[int]:
+    """Which of a report's organs a lesion is in: the one with most of its region; of lungs all lobes named.
 
     Args:
         organs: organ map (*S), TotalSegmentator's v1 numbers.
-        numbers: the report's organs.
-        region: bool (*S), the lesion, or its box.
+        numbers: of the report's organs.
+        region: bool (*S): the lesion, its box, or a crop around it.
     """
     if LUNGS.intersection(numbers):
-        return np.isin(organs, list(numbers))
+        return list(numbers)
     shares = np.bincount(organs[region].astype(np.int64).ravel(), minlength=max(numbers) + 1)
-    return organs == max(numbers, key=lambda number: shares[number])
+    return [max(numbers, key=lambda number: shares[number])]
+
+
+def target_organ(organs: np.ndarray, numbers: Sequence[int], region: np.ndarray) -> np.ndarray:
+    """What a network is told the organ is, bool (*S); arguments as of `target_numbers`."""
+    return np.isin(organs, target_numbers(organs, numbers, region))

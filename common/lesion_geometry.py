@@ -247,11 +247,11 @@ def paste(original: Tensor, affine: ArrayLike, painted: Tensor, weight: Tensor, 
         (1, *S), the type of ``original``; integers are rounded, and kept in their range.
     """
     out = convert_to_tensor(original).clone()
-    weight = convert_to_tensor(weight)
+    painted, weight = (convert_to_tensor(crop).to(out.device) for crop in (painted, weight))
     box, there = _reached(out, affine, weight > 0, grid)
     if there is None:
         return out
-    change = weight * (convert_to_tensor(painted) - resample(out, affine, grid, fill=AIR))
+    change = weight * (painted - resample(out, affine, grid, fill=AIR))
     change = resample(change, grid.affine, there)
     part = out[(slice(None), *box)]
     new = part + change
@@ -273,7 +273,7 @@ def paste_labels(labels: Tensor, affine: ArrayLike, mask: Tensor, grid: Grid, va
         value: what to write.
     """
     out = convert_to_tensor(labels).clone()
-    inside = convert_to_tensor(mask) > 0.5
+    inside = convert_to_tensor(mask).to(out.device) > 0.5
     box, there = _reached(out, affine, inside, grid)
     if there is not None:
         share = resample(inside.float(), grid.affine, there)
