@@ -38,8 +38,8 @@ def train_segmenter(
     augmentation. The number of steps grows with the set.
 
     Args:
-        images: (N, C, H, W) in [-1, 1]; sides that the network can halve to no less than 2 pixels.
-        masks: (N, 1, H, W) in {0, 1}.
+        images: (N, C, *S), 2-D or 3-D, in [-1, 1]; sides that the network can halve to no less than 2 pixels.
+        masks: (N, 1, *S) in {0, 1}.
         epochs: how often each pair is seen.
         batch_size: pairs in a step, at most; the batches of an epoch are equally large, give or take one.
         lr: highest learning rate.
@@ -47,12 +47,12 @@ def train_segmenter(
         seed: of weights, order and flips.
 
     Returns:
-        network in evaluation mode, images (N, C, H, W) -> logits (N, 1, H, W).
+        network in evaluation mode, images (N, C, *S) -> logits (N, 1, *S).
     """
     coarsest = 2 ** (len(channels) - 1)
-    if not len(images) or images.ndim != 4 or masks.shape != (len(images), 1, *images.shape[2:]):
+    if not len(images) or images.ndim not in (4, 5) or masks.shape != (len(images), 1, *images.shape[2:]):
         shapes = f"{tuple(images.shape)} and {tuple(masks.shape)}"
-        raise ValueError(f"expected images (N, C, H, W) and masks (N, 1, H, W) of N > 0 pairs, got {shapes}")
+        raise ValueError(f"expected images (N, C, *S) and masks (N, 1, *S) of N > 0 pairs, got {shapes}")
     if any(side % coarsest or side < 2 * coarsest for side in images.shape[2:]):
         sides = tuple(images.shape[2:])
         raise ValueError(f"sides must be multiples of {coarsest}, from {2 * coarsest} on, got {sides}: resize")
@@ -62,7 +62,7 @@ def train_segmenter(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
         strides = (2,) * (len(channels) - 1)
-        network = UNet(2, images.shape[1], 1, channels, strides, num_res_units=2, norm="BATCH")
+        network = UNet(images.ndim - 2, images.shape[1], 1, channels, strides, num_res_units=2, norm="BATCH")
     network.to(images.device)
     batches = math.ceil(len(images) / batch_size)
     optimizer = torch.optim.AdamW(network.parameters(), lr)
@@ -82,15 +82,15 @@ def train_segmenter(
 
 def _flip(image: torch.Tensor, mask: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Each pair as it is or mirrored, along each axis."""
-    for axis in (2, 3):
-        chosen = (torch.rand(len(image), 1, 1, 1, generator=generator) < 0.5).to(image.device)
+    for axis in range(2, image.ndim):
+        chosen = (torch.rand(len(image), *[1] * (image.ndim - 1), generator=generator) < 0.5).to(image.device)
         image, mask = (torch.where(chosen, x.flip(axis), x) for x in (image, mask))
     return image, mask
 
 
 @torch.no_grad()
 def dice_scores(network: nn.Module, images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """Dice (N,) of what the network finds more likely than not in images (N, C, H, W) with masks (N, 1, H, W).
+    """Dice (N,) of what the network finds more likely than not in images (N, C, *S) with masks (N, 1, *S).
 
     1 where mask and answer are both empty.
     """
