@@ -6,23 +6,26 @@ Nothing there says so but the paths themselves: they are compared, since its own
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from monai.transforms import Transform
 
-from .io import Case, CaseError, list_cases, read_text, seeded
+from .io import Case, CaseError, list_cases, read_text, seeded, stem
+from .lesion_reports import read_reports
+from .lesion_words import organ_id
 from .transforms import CheckCased, Data
+
+logger = logging.getLogger(__name__)
 
 FOLDERS = {"image": "CT", "organs": "ORGANS", "label": "LABEL"}
 REPORTS = "REPORT"
-# Key -> the middle of a list's name; where a scan exists with and without its lesion, `coarseg` is the map of the former.
+# Key -> the middle of a list's name; where a scan exists with and without its lesion, "coarseg" is of that with it.
 LISTS = {"image": "img", "label": "label", "report": "type", "organs": "seg", "lesion_organs": "coarseg"}
 SPLITS = ("train", "val")
 
@@ -39,9 +42,9 @@ def list_lesion_cases(
     """List cases, whichever of three ways they are given.
 
     Args:
-        dataset_dir: a folder with ``CT/``, and where there are any ``ORGANS/``, ``LABEL/`` and ``REPORT/*.json``, paired
+        dataset_dir: a folder with ``CT/`` and, if there are any, ``ORGANS/``, ``LABEL/`` and ``REPORT/*.json``, paired
             by name; or a JSON list of ``{"image", "organs", "label", "report"}``, a report as path or as it is; or a
-            folder with the reference's ``{train,val}_{img,label,type,seg}_list.txt``. Paths in lists are relative to it.
+            folder with the reference's ``{train,val}_{img,label,type,seg}_list.txt``. Paths are relative to the list.
         split: ``"train"`` or ``"val"`` of the reference's lists; None takes both, one after the other.
         need: keys that every case must have.
         num_samples: how many differently seeded samples of every case.
@@ -49,8 +52,8 @@ def list_lesion_cases(
         strict: raise for bad cases at once; else they carry an ``error``, which `CaseStream` reports at its end.
 
     Returns:
-        cases ``{"name", "seed", "image", ...}``: rows of lists in their order, others sorted by name. A report is a path
-        or what the list holds.
+        cases ``{"name", "seed", "image", ...}``, rows of text lists in their order, others sorted by name. A report is
+        a path, or what the list holds.
     """
     if unknown := set(need) - {*FOLDERS, "report"}:
         raise ValueError(f"need names {', '.join(sorted(unknown))}, expected some of {', '.join(FOLDERS)}, report")
@@ -69,9 +72,12 @@ def list_lesion_cases(
 def _read_cases(root: Path, need: Sequence[str]) -> list[Case]:
     """Cases of a folder or a JSON list, each with its report."""
     cases = list_cases(root, FOLDERS, optional=[key for key in FOLDERS if key not in need], strict=False)
+    reports = {stem(path): path for path in sorted((root / REPORTS).glob("*.json"))}
+    for name in sorted(reports.keys() - {case["name"] for case in cases}):
+        logger.warning(f"{reports[name]} is passed over: there is no CT of that name")
     for case in cases:
-        if root.is_dir() and (path := root / REPORTS / f"{case['name']}.json").is_file():
-            case["report"] = str(path)
+        if case["name"] in reports:
+            case["report"] = str(reports[case["name"]])
         elif isinstance(report := case.get("report"), str):
             case["report"] = str(root.parent / report)
             if not os.path.isfile(case["report"]):
@@ -90,11 +96,20 @@ def _read_lists(root: Path, split: str | None, need: Sequence[str]) -> list[Case
     """Cases of one split's lists, or of both."""
     if split is not None and split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    splits = [s for s in SPLITS if (root / f"{s}_img_list.txt").is_file()] if split is None else [split]
-    cases = [case for part in splits for case in _read_split(root, part, need)]
-    for case, name in zip(cases, _names([case["image"] for case in cases])):
-        case["name"] = name
-    return cases
+    listed = {part: root / f"{part}_img_list.txt" for part in SPLITS}
+    images = {part: _lines(file) for part, file in listed.items() if file.is_file()}
+    # A case is called the same, and so drawn from the same seed, whether one split is asked for or both.
+    names = iter(_names([str(root / line) for lines in images.values() for line in lines]))
+    named = {part: [next(names) for _ in lines] for part, lines in images.items()}
+    return [
+        {"name": name, **case}
+        for part in (images if split is None else [split])
+        for name, case in zip(named.get(part, []), _read_split(root, part, need))
+    ]
+
+
+def _lines(file: Path) -> list[str]:
+    return [line.strip() for line in read_text(file).splitlines()]
 
 
 def _read_split(root: Path, split: str, need: Sequence[str]) -> list[Case]:
@@ -102,22 +117,22 @@ def _read_split(root: Path, split: str, need: Sequence[str]) -> list[Case]:
     files = {key: root / f"{split}_{middle}_list.txt" for key, middle in LISTS.items()}
     if lacking := [str(files[key]) for key in LISTS if key in ("image", *need) and not files[key].is_file()]:
         raise FileNotFoundError(f"{', '.join(lacking)} does not exist: every case needs {', '.join(need)}")
-    rows = {key: read_text(file).splitlines() for key, file in files.items() if file.is_file()}
+    rows = {key: _lines(file) for key, file in files.items() if file.is_file()}
     if len({len(lines) for lines in rows.values()}) > 1:
         lengths = ", ".join(f"{files[key].name} has {len(lines)} lines" for key, lines in rows.items())
         raise CaseError(f"lists in {root} differ in length: {lengths}; line i of every list must be the same case")
     errors: dict[int, list[str]] = {}
     for key, lines in rows.items():
         for i, line in enumerate(lines):
-            if not (root / line.strip()).is_file():
-                what = f"{root / line.strip()} is not a file (paths are relative to the list)" if line.strip() else "empty"
+            if not (root / line).is_file():
+                what = f"{root / line} is not a file; paths are relative to the list" if line else "empty"
                 errors.setdefault(i, []).append(f"{files[key]}, line {i + 1}: {what}")
         for i in mismatches(rows["image"], lines):
             errors.setdefault(i, []).append(
                 f"{files[key]}, line {i + 1}: {lines[i]} looks like another case than {rows['image'][i]} in "
                 f"{files['image'].name}: put the rows in one order; if they do belong together, give a JSON list"
             )
-    cases = [{key: str(root / lines[i].strip()) for key, lines in rows.items()} for i in range(len(rows["image"]))]
+    cases = [{key: str(root / lines[i]) for key, lines in rows.items()} for i in range(len(rows["image"]))]
     return [{**case, "error": "\n".join(errors[i])} if i in errors else case for i, case in enumerate(cases)]
 
 
@@ -134,9 +149,9 @@ def mismatches(images: Sequence[str], others: Sequence[str]) -> list[int]:
     """
     left, right = _marks(images), _marks(others)
     unlike = [i for i, (a, b) in enumerate(zip(left, right, strict=True)) if a != b]
-    if len(unlike) < len(left) / 2:
+    if len(unlike) <= len(left) / 2:
         return unlike
-    return [i for i in unlike if _closest(left[i], right) > len(left[i] & right[i])]
+    return [i for i in unlike if max(len(left[i] & other) for other in right) > len(left[i] & right[i])]
 
 
 def _marks(paths: Sequence[str]) -> list[set[str]]:
@@ -146,19 +161,15 @@ def _marks(paths: Sequence[str]) -> list[set[str]]:
     return [{word for word in found if count[word] < len(paths)} for found in words]
 
 
-def _closest(marks: set[str], others: Sequence[set[str]]) -> int:
-    return max(len(marks & other) for other in others)
-
-
 def _names(paths: Sequence[str]) -> list[str]:
     """Names of cases after what their paths do not share: files are often called alike, ``liver_1/raw.nii.gz``."""
-    parts = [[*Path(path).parts[:-1], re.sub(r"(\.nii)?\.\w+$", "", Path(path).name)] for path in paths]
+    parts = [[*Path(path).parts[:-1], stem(path)] for path in paths]
     count = Counter(part for found in parts for part in set(found))
-    names = ["_".join(p for p in found if count[p] < len(paths)) or found[-1] for found in parts]
-    met: Counter[str] = Counter()
-    for i, name in enumerate(names):
-        met[name] += 1
-        names[i] = name if met[name] == 1 else f"{name}_{met[name]}"
+    names: list[str] = []
+    for found in parts:
+        name = "_".join(part for part in found if count[part] < len(paths)) or found[-1]
+        further = (f"{name}_{number}" for number in range(2, len(paths) + 2))
+        names.append(next(free for free in [name, *further] if free not in names))
     return names
 
 
@@ -189,6 +200,8 @@ class CheckLesiond(Transform):
                 self.check.check_grid(data, key, "image")
         if "label" in data:
             self.check_label(data)
+        if "report" in data and "organs" in data:
+            self.check_report(data)
         return dict(data)
 
     def check_label(self, data: Data) -> None:
@@ -199,6 +212,18 @@ class CheckLesiond(Transform):
             raise CaseError(f"{name} holds {sorted(found)[:8]}: a label has 0 background, 1 organ, 2 lesion")
         if 2 not in found:
             raise CaseError(f"{name} holds no lesion: mark it by 2 (1 is the organ), or leave the case out")
+
+    def check_report(self, data: Data) -> None:
+        """A lesion's organs are in the organ map."""
+        report, name = data["report"], _file(data, "organs")
+        present = set(torch.unique(torch.as_tensor(data["organs"])).int().tolist())
+        for said in read_reports(report, "" if isinstance(report, str) else str(data.get("name", ""))):
+            if missing := [organ for organ in said.organs or (said.organ,) if organ_id(organ) not in present]:
+                where = report if isinstance(report, str) else f"the report of {data.get('name', 'the case')}"
+                raise CaseError(
+                    f"{where} speaks of {', '.join(missing)}, but {name} has none: correct the report or the organ map "
+                    "(numbers of TotalSegmentator's v1; its version 2 finds no heart chambers)"
+                )
 
 
 def _file(data: Data, key: str) -> str:

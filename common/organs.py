@@ -23,44 +23,35 @@ from monai.data import MetaTensor
 from monai.transforms import Transform
 
 from .io import CaseError, atomic_path, sha256, stem, write_json
+from .lesion_words import organ_id
 from .totalsegmentator import ORGANS, TOTAL_V1, TOTAL_V2, Data
 from .transforms import CheckCased, LoadCased
 
 logger = logging.getLogger(__name__)
 
-# A tumour lies in the bowel; our one spine goes where the phantoms have most of theirs; skin and fat are no organ.
-_GUIDEGEN = {"background": 0, "colorectal_cancer": "colon", "vertebrae": "vertebrae_L3", "body": 0}
-
-
-def organ_number(organ: int | str) -> int:
-    """An organ's number by TotalSegmentator's first version.
-
-    Example:
-        >>> organ_number("liver"), organ_number("kidney left"), organ_number("urinary_bladder")
-        (5, 3, 104)
-    """
-    if isinstance(organ, str) and organ.replace(" ", "_") in TOTAL_V1:
-        return TOTAL_V1.index(organ.replace(" ", "_")) + 1
-    if not isinstance(organ, int) or not 0 <= organ <= len(TOTAL_V1):
-        raise ValueError(f"{organ!r} is no organ: give one of TotalSegmentator's v1 names or numbers, 0 .. 104")
-    return organ
+_V1 = {name: number for number, name in enumerate(TOTAL_V1, start=1)}
 
 
 def organ_numbers(table: str | Mapping[int | str, int | str]) -> dict[int, int]:
     """Numbers in a file -> numbers of TotalSegmentator's first version.
 
     Args:
-        table: ``"totalsegmentator_v1"``; ``"totalsegmentator_v2"``, by name, what only v2 has becomes 0; ``"guidegen"``,
-            the values of `ORGANS`; or the file's own numbers, ``{"6": 5}``, and so a mask, ``{"1": "liver"}``.
+        table: ``"totalsegmentator_v1"``; ``"totalsegmentator_v2"``, by name, 0 for what v1 has not; ``"guidegen"``, the
+            values of `ORGANS`; or a file's own numbers, ``{"6": 5}``, and so those of a mask, ``{"1": "liver"}``.
     """
     if not isinstance(table, str):
-        return {0: 0, **{int(number): organ_number(organ) for number, organ in table.items()}}
+        named = {int(number): organ_id(organ) if isinstance(organ, str) else organ for number, organ in table.items()}
+        if wrong := {n: organ for n, organ in named.items() if n < 0 or organ not in range(len(TOTAL_V1) + 1)}:
+            raise ValueError(f"organ_table has {wrong}: numbers are 0 or more, organs 0 .. {len(TOTAL_V1)}, or names")
+        return {0: 0, **named}
     if table == "totalsegmentator_v1":
-        return {number: number for number in range(len(TOTAL_V1) + 1)}
+        return {number: number for number in (0, *_V1.values())}
     if table == "totalsegmentator_v2":
-        return {0: 0} | {n: organ_number(name) if name in TOTAL_V1 else 0 for n, name in enumerate(TOTAL_V2, start=1)}
+        return {0: 0} | {n: _V1.get(name, 0) for n, name in enumerate(TOTAL_V2, start=1)}
     if table == "guidegen":
-        return {value: organ_number(_GUIDEGEN.get(name, name)) for value, name in enumerate(ORGANS)}
+        # The rest is background, body, and a tumour, which lies in the bowel; the spine is one, the phantoms' lumbar.
+        ours = {**_V1, "colorectal_cancer": _V1["colon"], "vertebrae": _V1["vertebrae_L3"]}
+        return {value: ours.get(name, 0) for value, name in enumerate(ORGANS)}
     known = "totalsegmentator_v1, totalsegmentator_v2, guidegen"
     raise ValueError(f"organ_table must be one of {known}, or a dict of label numbers, got {table!r}")
 
@@ -117,18 +108,19 @@ class OrganMapd(Transform):
                 f"{name} has no organ map: put one on the grid of {image} into ORGANS/{name}.nii.gz (in a list: under "
                 f'"organs"), or install TotalSegmentator ({INSTALL}) and set --segmenter fast'
             )
-        origin = {"image_sha256": sha256(image), "segmenter": _describe(self.segmenter)}
-        own = self.output_dir / f"{name}_organs.nii.gz"
-        others = sorted(self.output_dir.glob("*_organs.json"))
-        for sidecar in (_sidecar(own), *others):
-            if (found := _unchanged(sidecar, origin)) is not None:
+        made_by = self.segmenter
+        made_by = getattr(made_by, "description", None) or getattr(made_by, "__qualname__", type(made_by).__name__)
+        origin = {"image_sha256": sha256(image), "segmenter": str(made_by)}
+        own, sidecar = (self.output_dir / f"{name}_organs{suffix}" for suffix in (".nii.gz", ".json"))
+        for other in (sidecar, *sorted(self.output_dir.glob("*_organs.json"))):
+            if (found := _unchanged(other, origin)) is not None:
                 return found
         if own.exists():
             logger.warning(f"{own} is not of this CT and segmenter, or was changed: made anew")
         organs = self.segment(image, data[self.image])
         with atomic_path(own) as temporary:
             nib.save(organs, temporary)
-        write_json(_sidecar(own), {"image": image, **origin, "organs": own.name, "organs_sha256": sha256(own)})
+        write_json(sidecar, {"image": image, **origin, "organs": own.name, "organs_sha256": sha256(own)})
         return own
 
     def segment(self, image: str, like: MetaTensor) -> nib.Nifti1Image:
@@ -162,14 +154,6 @@ def renumber(values: np.ndarray, numbers: Mapping[int, int], name: str) -> np.nd
     return organs
 
 
-def _describe(segmenter: Callable) -> str:
-    return str(getattr(segmenter, "description", None) or getattr(segmenter, "__qualname__", type(segmenter).__name__))
-
-
-def _sidecar(path: Path) -> Path:
-    return path.with_name(path.name.removesuffix(".nii.gz") + ".json")
-
-
 def _unchanged(sidecar: Path, origin: Mapping[str, str]) -> Path | None:
     """The map beside a side-car, if it is of this origin and still what was written."""
     if not sidecar.is_file():
@@ -185,21 +169,17 @@ def _unchanged(sidecar: Path, origin: Mapping[str, str]) -> Path | None:
 
 INSTALL = "pip install TotalSegmentator==2.18.0"  # the line of requirements-extras.txt
 
-# Mode -> what its weights are called by the program that fetches them, trainer, folders. Sizes are their voxels'.
-_FOUR_THOUSAND = "nnUNetTrainer_4000epochs_NoMirroring"
+# Mode -> the task under which its weights are fetched, its trainer, its folders.
+_LONG = "nnUNetTrainer_4000epochs_NoMirroring"
+_PARTS = ("part1_organs_1559subj", "part2_vertebrae_1532subj", "part3_cardiac_1559subj", "part4_muscles_1559subj")
+_PARTS += ("part5_ribs_1559subj",)
 MODES: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "fastest": ("total_fast", _FOUR_THOUSAND, ("Dataset298_TotalSegmentator_total_6mm_1559subj",)),
-    "fast": ("total_fast", _FOUR_THOUSAND, ("Dataset297_TotalSegmentator_total_3mm_1559subj",)),
+    "fastest": ("total_fast", _LONG, ("Dataset298_TotalSegmentator_total_6mm_1559subj",)),
+    "fast": ("total_fast", _LONG, ("Dataset297_TotalSegmentator_total_3mm_1559subj",)),
     "default": (
         "total",
         "nnUNetTrainerNoMirroring",
-        (
-            "Dataset291_TotalSegmentator_part1_organs_1559subj",
-            "Dataset292_TotalSegmentator_part2_vertebrae_1532subj",
-            "Dataset293_TotalSegmentator_part3_cardiac_1559subj",
-            "Dataset294_TotalSegmentator_part4_muscles_1559subj",
-            "Dataset295_TotalSegmentator_part5_ribs_1559subj",
-        ),
+        tuple(f"Dataset{number}_TotalSegmentator_{part}" for number, part in enumerate(_PARTS, start=291)),
     ),
 }
 
@@ -211,7 +191,7 @@ class TotalSegmentatorOrgans:
     downloaded, nothing is reported to its makers, and the CT's file is only read.
 
     Args:
-        mode: ``"fast"`` (one model, 3 mm), ``"fastest"`` (6 mm), or ``"default"`` (five models, 1.5 mm).
+        mode: ``"fast"`` (one model, voxels of 3 mm), ``"fastest"`` (6 mm), or ``"default"`` (five models, 1.5 mm).
         device: torch's name of it.
         weights_dir: folder with the models' folders; None takes what TotalSegmentator would.
         sequential: read, predict and write one after the other in this process, instead of by processes that each
@@ -244,8 +224,8 @@ class TotalSegmentatorOrgans:
         missing = [folder for folder in folders if not (self.weights_dir / folder / weights).is_file()]
         if missing:
             raise FileNotFoundError(
-                f"TotalSegmentator's weights for mode {self.mode!r} are not in {self.weights_dir} ({', '.join(missing)}, "
-                f"each with {weights}): fetch them once, where there is internet, with\n"
+                f"TotalSegmentator's weights of mode {self.mode!r} are not in {self.weights_dir}: {', '.join(missing)} "
+                f"(each with {weights}). Fetch them once, where there is internet, with\n"
                 f"  TOTALSEG_WEIGHTS_PATH={self.weights_dir} totalseg_download_weights -t {task}"
             )
 
