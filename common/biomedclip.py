@@ -143,7 +143,7 @@ def weights_of(folder: Path) -> Path:
     config = folder / "open_clip_config.json"
     if config.is_file():
         text = json.loads(config.read_text(encoding="utf-8")).get("model_cfg", {}).get("text_cfg", {})
-        kind = (text.get("hf_proj_type", text.get("proj")), text.get("hf_pooler_type", text.get("pooler_type")))
+        kind = (text.get("hf_proj_type", "mlp"), text.get("hf_pooler_type"))
         if kind != ("mlp", "cls_last_hidden_state_pooler"):
             raise ValueError(f"{config} describes another text tower (projection and pooler {kind}): {DOWNLOAD}")
     found = next((folder / name for name in FILES if (folder / name).is_file()), None)

@@ -19,7 +19,16 @@ from safetensors.torch import load_file, save_file
 import common.text
 from common.io import CaseError
 from common.reports import Attributes, Finding, write_report
-from common.text import AttributeEncoder, BERTText, CachedText, CLIPText, Contextd, HashedWords
+from common.text import (
+    AttributeEncoder,
+    BERTText,
+    CachedText,
+    CLIPText,
+    Contextd,
+    HashedWords,
+    PhraseEncoder,
+    contexts_of,
+)
 
 PROMPTS = ["", "a polyp", "A photo of a polyp.", "polyp of a photo"]
 
@@ -696,3 +705,78 @@ def test_denials_in_parts_of_the_bowel_are_one_and_say_nothing_beside_a_tumour()
     there = "A mass of 3.0 cm in the sigmoid colon."
     assert torch.equal(encode(f"{there} No mass in the rectum."), encode(there))
     assert not torch.equal(encode("No mass in the liver."), encode("No tumour."))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Phrases
+
+
+def test_phrases_that_share_words_are_near():
+    encode = PhraseEncoder()
+    near = torch.cosine_similarity(encode("well-defined margin,"), encode("ill-defined margin,"), 0)
+    far = torch.cosine_similarity(encode("well-defined margin,"), encode("liver"), 0)
+    assert near > 0.5 > 0.3 > far.abs()
+    assert torch.equal(encode("Hypodense LESION,"), encode(" lesion  hypodense"))
+    assert not torch.equal(encode("hypodense lesion,"), encode("hyperdense lesion,"))
+
+
+def test_phrases_have_one_length():
+    encode = PhraseEncoder()
+    for text in ("liver", "57.0 HU,", "a mass of about -30 HU", "presence of increased density areas,stone,"):
+        assert encode(text).shape == (64,)
+        assert encode(text).dtype == torch.float32
+        assert abs(encode(text).norm() - 8) < 1e-5
+    assert encode("").tolist() == encode(" ,").tolist() == [0.0] * 64
+    assert PhraseEncoder(width=512)("liver").shape == (512,)
+
+
+def test_phrases_are_the_same_on_each_machine():
+    liver = PhraseEncoder()("liver")[17:29] > 0
+    assert "".join("-+"[int(sign)] for sign in liver) == "-+++---++--+"
+
+
+def test_near_ct_values_are_near():
+    encode = PhraseEncoder()
+    values = [-900, -500, -120, -30, 0, 30, 57, 90, 140, 300, 900]
+    vectors = torch.stack([encode(f"{value:.1f} HU,") for value in values])
+    alike = torch.cosine_similarity(vectors[:, None], vectors[None], 2)
+    for row, others in enumerate(alike):
+        left, right = others[: row + 1], others[row:]
+        assert (left.diff() > 0).all(), "the nearer, the more alike"
+        assert (right.diff() < 0).all()
+    assert torch.equal(encode("57 HU"), encode("57.0 HU,"))
+    assert torch.equal(encode("\u221230 HU"), encode("-30.0 hu"))
+    assert (vectors[:, 17:] == 0).all(), "a number alone is no word"
+    assert torch.equal(encode("5000 HU"), encode("1000 HU"))
+
+
+def test_a_phrase_with_a_number_has_both():
+    both = PhraseEncoder()("hypodense 57 HU")
+    assert (both[:17] != 0).any()
+    assert (both[17:] != 0).all()
+
+
+def test_contexts_of_several_texts():
+    encode = PhraseEncoder()
+    rows = contexts_of(["liver", "57.0 HU,"], encode, 4)
+    assert torch.equal(rows[0], encode("liver"))
+    assert torch.equal(rows[1], encode("57.0 HU,"))
+    assert not rows[2:].any()
+    assert torch.equal(contexts_of(["liver", "57.0 HU,"], encode, None), rows[:2])
+    assert contexts_of([], encode).shape == (10, 64)
+    assert not contexts_of([], encode).any()
+    assert contexts_of([], encode, None).shape == (0, 64)
+    with pytest.raises(ValueError, match=r"3 texts for 2 rows.*'c'"):
+        contexts_of(["a", "b", "c"], encode, 2)
+
+
+def test_phrases_may_be_cached(tmp_path):
+    cached = CachedText(PhraseEncoder(), tmp_path / "texts.pt")
+    rows = contexts_of(["liver", "stone,"], cached)
+    assert torch.equal(contexts_of(["liver", "stone,"], CachedText(PhraseEncoder(), tmp_path / "texts.pt")), rows)
+    assert PhraseEncoder(64).description != PhraseEncoder(65).description
+
+
+def test_phrases_need_room():
+    with pytest.raises(ValueError, match="at least 32"):
+        PhraseEncoder(width=31)
