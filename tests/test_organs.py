@@ -358,6 +358,20 @@ def weights(arguments: dict, outputs: int, seed: int) -> dict:
 
 
 @pytest.mark.slow
+def test_installed_package_agrees() -> None:
+    pytest.importorskip("totalsegmentator", reason="TotalSegmentator is not installed: requirements-extras.txt")
+    from totalsegmentator.bin.totalseg_download_weights import TASK_TO_ID
+    from totalsegmentator.map_tasks_config import TASK_CONFIGS, TASK_ID_WEIGHTS_CONFIGS
+
+    for mode, (task, trainer, folders) in MODES.items():
+        config = TASK_CONFIGS["total"]["sub_modes"][mode]
+        numbers = np.atleast_1d(config["task_id"]).tolist()
+        assert trainer == config["trainer"]
+        assert folders == tuple(TASK_ID_WEIGHTS_CONFIGS[number]["foldername"] for number in numbers)
+        assert set(numbers) <= set(TASK_TO_ID[task])
+
+
+@pytest.mark.slow
 def test_real_totalsegmentator(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("totalsegmentator", reason="TotalSegmentator is not installed: requirements-extras.txt")
     write_tiny_weights(tmp_path / "weights", "fast")
