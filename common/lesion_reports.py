@@ -19,7 +19,6 @@ import numpy as np
 from jsonschema import Draft7Validator
 
 from .io import CaseError, read_text
-from .lesion_words import ABSOLUTE_HU as ABSOLUTE_HU
 from .lesion_words import (
     ATTRIBUTES,
     CAVITY,
@@ -58,9 +57,6 @@ from .lesion_words import (
     site_of,
     tell_once,
 )
-from .lesion_words import GROUND_GLASS as GROUND_GLASS
-from .lesion_words import PART_SOLID as PART_SOLID
-from .lesion_words import RELATIVE_HU as RELATIVE_HU
 
 Size = tuple[float, float, float]
 MASK_KEYS = (ENHANCEMENT, SHAPE, MARGIN, NEIGHBOURS, FEATURES, CAVITY)

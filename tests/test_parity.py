@@ -26,6 +26,7 @@ from scipy import ndimage, stats
 from common import lesion_boxes
 from common.attribute_unet import AttributeUNet
 from common.autoencoder import LatentSpace, LDMAutoencoder
+from common.biomedclip import BiomedCLIPText, read_tower
 from common.categorical import CategoricalKLLoss, CategoricalSampler, CategoricalScheduler
 from common.checkpoints import read_knobs, read_weights, select, translate
 from common.codebook import VQ, CodebookAutoencoder, codebook_usage
@@ -52,6 +53,8 @@ from common.lesion_diffusion import (
 )
 from common.lesion_geometry import AIR, Grid, crop_start, resample, to_hu, to_unit, working_grid
 from common.lesion_plan import on_latents
+from common.lesion_reports import described, image_texts, mask_texts, read_reports
+from common.lesion_words import canonical, cavities_of, organ_name
 from common.mask_statistics import GaussianProcessKDE, size_regressor
 from common.report_unet import ReportUNet, TextAdapter
 from common.sampler import DiffusionSampler, InversionSampler, LayoutGuidedSampler
@@ -1593,3 +1596,158 @@ def test_lesion_diffusion_whole_run(name):
         image = autoencoder.decode(latent)[0, 0]
     assert_near(image, data["e2e_out"], 5e-5)
     assert_near(to_hu(image).permute(2, 1, 0).flip(1), data["e2e_saved_hu"], 0.2)
+
+
+LESION_TEXTS = pytest.mark.parametrize("name", files_of_set("lesion_diffusion", "*text.json"))
+# What the reference tells its networks; the order is the report's.
+LESION_MASK_KEYS = ("enhancement status", "lesion location", "shape", "surface characteristics")
+LESION_MASK_KEYS += ("relationship with adjacent organs", "specific features", "cavity")
+
+
+class ReferenceRaisesError(Exception):
+    """The reference stops at this report."""
+
+
+def lesion_overlap(data: dict[str, np.ndarray], case: dict[str, Any], where: np.ndarray) -> dict[int, int]:
+    """Voxels of each organ of the report, on the map of the scan with the lesion."""
+    return {key: int(((data["coarseg"] == key) & where).sum()) for key in case["organ_keys"]}
+
+
+def reference_cavity(path: str, data: dict[str, np.ndarray], organ: int, part: tuple[slice, ...]) -> str:
+    """The reference's rule, which never looks at the report: names of folders, then what the lesion adds to the organ.
+
+    A defect (section 8, number 6): in the layout of folders that it documents it is always the last line.
+    """
+    folders = ["", "", "", "", *path.lower().split("/")]
+    if any(organ in folders[-4] for organ in ("colon", "bladder", "esophagus", "gall", "stomach")):
+        inside = "stone" in folders[-3]
+        return "within the lumen of a hollow organ," if inside else "wall thickening,"
+    grown = int((data["coarseg"][part] == organ).sum()) - int((data["seg"][part] == organ).sum())
+    return "within the parenchymal organ," if grown > 100 else "protruding from the parenchymal organ,"
+
+
+def reference_mask_texts(
+    case: dict[str, Any], data: dict[str, np.ndarray], where: np.ndarray, part: tuple[slice, ...], training: bool
+) -> list[list[str]]:
+    overlap, keys = lesion_overlap(data, case, where), case["organ_keys"]
+    organ = max(keys, key=lambda key: overlap[key])
+    if training and any("CT value" not in entry[2] for entry in case["report"].values()):
+        raise ReferenceRaisesError("KeyError")
+    if len(keys) > 1 and not overlap[organ]:
+        raise ReferenceRaisesError("UnboundLocalError")
+    said = {**case["report"][str(organ)][2], "lesion location": organ_name(organ)}
+    said["cavity"] = reference_cavity(case["image_path"], data, organ, part)
+    return [[key, value] for key, value in said.items() if key in LESION_MASK_KEYS and value]
+
+
+def reference_image_texts(case: dict[str, Any], data: dict[str, np.ndarray]) -> list[list[str]]:
+    overlap = lesion_overlap(data, case, data["label"] == 2)
+    organ = max(case["organ_keys"], key=lambda key: overlap[key])
+    said = {**case["report"][str(organ)][2], "lesion location": organ_name(organ)}
+    if "CT value" not in said:
+        raise ReferenceRaisesError("KeyError")
+    if number := re.search(r"approximately (-?\d+(?:\.\d+)?) HU", said["CT value"]):
+        said["CT value"] = f"{float(number[1])} HU,"
+    return [[key, value] for key, value in said.items() if key != "size"]
+
+
+def assert_told(case: dict[str, Any], mode: str, tell: Any) -> None:
+    """What the reference tells, or that it stops."""
+    if case[mode] is None:
+        with pytest.raises(ReferenceRaisesError) as error:
+            tell()
+        assert case[mode.replace("_text", "_error")].startswith(str(error.value))
+    else:
+        assert tell() == case[mode]
+
+
+def lesion_texts(name: str) -> Iterable[tuple[dict[str, Any], dict[str, np.ndarray]]]:
+    """Each case and its arrays."""
+    everything = lesion_arrays(name)
+    for case in settings("lesion_diffusion", name)["cases"]:
+        start = f"{case['name']}_"
+        yield case, {key.removeprefix(start): value for key, value in everything.items() if key.startswith(start)}
+
+
+@LESION_TEXTS
+def test_lesion_diffusion_texts_in_training(name):
+    """By the reference's rules what it tells; by ours the same in one form, also where the reference stops."""
+    for case, data in lesion_texts(name):
+        whole = tuple(slice(None) for _ in data["label"].shape)
+        lesion = lesion_boxes.components(data["label"] == 2, 1)[0]
+        largest = np.zeros(data["label"].shape, dtype=bool)
+        largest[lesion.box.slices] = lesion.mask
+        assert_told(case, "train_mask_text", lambda: reference_mask_texts(case, data, largest, whole, training=True))  # noqa: B023
+        assert_told(case, "train_image_text", lambda: reference_image_texts(case, data))  # noqa: B023
+
+        report = described(read_reports(case["report"], case["name"]), lesion_overlap(data, case, data["label"] == 2))
+        entry = case["report"][str(next(key for key in case["organ_keys"] if organ_name(key) == report.organ))][2]
+        told = [[key, value] for key, value in entry.items() if key not in ("size", "lesion location", "cavity")]
+        ours = [f"{canonical(key, value)}," for key, value in told if key != "CT value" and canonical(key, value)]
+        number = re.search(r"-?\d+(\.\d+)?(?= HU)", entry.get("CT value", ""))
+        ours += [report.organ] + ([f"{float(number[0])} HU,"] if number else [])
+        assert sorted(image_texts(report)) == sorted(ours)
+        heard = {canonical(key, value) for key, value in told if key in LESION_MASK_KEYS} | {report.organ}
+        assert {text.rstrip(",") for text in mask_texts(report)[:-1]} == heard - {""}
+        said = canonical("cavity", entry.get("cavity", ""))
+        fitting = [said] if said in cavities_of(report.organ) else cavities_of(report.organ)
+        assert mask_texts(report)[-1].rstrip(",") in fitting, "ours keeps what the report says"
+
+
+@LESION_TEXTS
+def test_lesion_diffusion_texts_in_inference(name):
+    """For each attempt at each box the text of the organ it lies in; the report's cavity is thrown away."""
+    for case, data in lesion_texts(name):
+        size, shape = case["infer_crop"], data["label"].shape
+        boxes = lesion_boxes.components(data["infer_bbox"] == 2)
+        starts = [crop_start(box.box.centre, size, shape) for box in boxes]
+        parts = [tuple(slice(s, s + n) for s, n in zip(start, size, strict=True)) for start in starts]
+        for attempt, told in enumerate(case["infer_mask_text"] or []):
+            fed = data["infer_boxes"][attempt] > 0
+            alike = [part for part, box in zip(parts, boxes, strict=True) if fed.sum() == box.mask.sum()]
+            part = next(p for p in alike if (fed <= (data["infer_bbox"][p] == 2)).all())
+            within = np.zeros(shape, dtype=bool)
+            within[part] = fed
+            assert reference_mask_texts(case, data, within, part, training=False) == told
+
+
+def lesion_tokenizer(name: str, folder: Path) -> BiomedCLIPText:
+    """BiomedCLIP's rules with those words of its list that the data show: a text of n words and n tokens."""
+    words: dict[int, str] = {0: "[PAD]", 1: "[UNK]", 2: "[CLS]", 3: "[SEP]", 4: "[MASK]"}
+    for text in settings("lesion_diffusion", name)["strings"]:
+        parts = re.findall(r"\w+|[^\w\s]", text["text"].lower())
+        words |= dict(zip(text["ids"][1:-1], parts, strict=True)) if len(parts) == len(text["ids"]) - 2 else {}
+    (folder / "vocab.txt").write_text("\n".join(words.get(n, f"[unused{n}]") for n in range(max(words) + 1)) + "\n")
+    heads = lesion_settings(name)["text"]["heads"]
+    tower = parity_file("lesion_diffusion", name.replace(".json", "_tower.pt"))
+    return BiomedCLIPText(folder, weights=tower, heads=heads)
+
+
+@LESION_TEXTS
+def test_lesion_diffusion_text_tower(name, tmp_path):
+    """Token numbers and vectors; single texts, and padded together as the reference has them."""
+    pytest.importorskip("transformers")
+    strings, data = settings("lesion_diffusion", name)["strings"], lesion_arrays(name)
+    expected = torch.from_numpy(data["strings_emb"])[0]
+    encoder = lesion_tokenizer(name, tmp_path)
+    tower = read_tower(encoder.weights, encoder.heads)
+    rows = [torch.tensor(text["ids"]) for text in strings]
+    assert_near(torch.stack([tower(row[None])[0] for row in rows]), expected, 1e-5)
+    assert_near(tower(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)), expected, 1e-5)
+
+    known = [
+        (text, vector) for text, vector in zip(strings, expected, strict=True) if 1 not in encoder.tokens(text["text"])
+    ]
+    assert len(known) > len(strings) / 2
+    for text, vector in known:
+        assert encoder.tokens(text["text"]) == text["ids"]
+        assert_near(encoder(text["text"]), vector, 1e-5)
+    checked = 0
+    for case, arrays_of_case in lesion_texts(name):
+        for mode in ("train_mask_text", "train_image_text"):
+            vectors = torch.from_numpy(arrays_of_case.get(f"{mode}_emb", np.zeros((1, 0, expected.shape[1]))))[0]
+            for (_, text), vector in zip(case[mode] or [], vectors, strict=True):
+                if 1 not in encoder.tokens(text):
+                    assert_near(encoder(text), vector.float(), 1e-5)
+                    checked += 1
+    assert checked >= 5
