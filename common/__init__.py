@@ -10,13 +10,21 @@ In configs it is called ``scripts.common.<room>``. Rooms along the path of the d
 - `totalsegmentator`: class tables of TotalSegmentator, and the organs we draw
 - `phantoms`, `abdomen_phantoms`, `mask_phantoms`, `endoscopy_phantoms`: procedural chests, abdomens with reports, masks
   and polyps, every bundle's default cohort
+- `organs`: the organ map of a CT: given, stored, or by TotalSegmentator
+- `lesion_lists`, `lesion_words`, `lesion_reports`: cases of lesions, the vocabulary, reports; `llm`, `biomedclip`: a language model that writes
+  them, a text tower that encodes their words
+- `lesion_geometry`, `lesion_boxes`: crops of a CT and back into it; where a lesion goes, and what of a mask it is
+- `lesion_phantoms`: bodies with described lesions
 - `transforms`: dictionary transforms MONAI lacks
 - `semantics`, `mask_statistics`: size, place and count of what masks show, and models that draw new ones
 - `conditioning`: how a condition reaches the network
-- `unet`, `controlnet`, `report_unet`: the one diffusion U-Net, the ControlNet that steers it, the one for reports
+- `unet`, `controlnet`, `report_unet`, `attribute_unet`: the one diffusion U-Net, the ControlNet that steers it, those
+  that read reports and attributes
 - `siamese`: Siamese-Diffusion's two branches and its loss
 - `categorical`: diffusion of labels: scheduler, training, loss, and the loop's state
-- `autoencoder`: latent diffusion's autoencoder and the scaled space of its latents
+- `autoencoder`, `codebook`: latent diffusion's autoencoder, one with a codebook, and the scaled space of latents
+- `lesion_diffusion`: LesionDiffusion's training steps, losses, and the sampler that paints inside a mask
+- `lesion_plan`, `lesion_sampler`: which lesion goes where; from a plan to the painted CT
 - `schedules`, `solvers`: noise schedules and reverse steps
 - `sampler`: the one reverse loop, and chains of samplers
 - `slices`: a volume slice by slice, each from the one before
@@ -26,7 +34,7 @@ In configs it is called ``scripts.common.<room>``. Rooms along the path of the d
 - `training`: EMA, exact resume, progress, previews
 - `checkpoints`, `ldm_layout`: other people's weights into our networks
 - `metrics`, `evaluation`, `mask_metrics`, `mask_evaluation`, `image_evaluation`, `anatomy_metrics`,
-  `volume_evaluation`: how good synthetic images, masks and anatomies are, in numbers and as a report
+  `volume_evaluation`, `lesion_evaluation`: how good synthetic images, masks and anatomies are, in numbers and as a report
 - `downstream`: whether they help a segmenter
 - `pictures`: slices, montages and GIFs as a radiologist looks at them
 """

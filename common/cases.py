@@ -133,6 +133,7 @@ class CaseSaver:
     # What does not shape a sample: places, how many, what is done with it afterwards, and what ``--tracking`` adds.
     PLACES: tuple[str, ...] = ("bundle_root", "output_dir", "weights", "batch_size", "num_samples")
     PLACES += ("dataset_dir", "phantoms", "phantom_cases", "phantom_size", "phantom_seed", "phantom_kind")
+    PLACES += ("phantom_crop", "phantom_lesions")
     PLACES += ("cases", "statistics", "count", "autoencoder_weights", "contexts_file")
     PLACES += ("reports", "own_masks", "from_masks", "mask_weights", "pair_autoencoder_weights", "further_weights")
     AFTERWARDS: tuple[str, ...] = ("_desc_", "run", "handlers")

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageOps
 from .io import atomic_path
 
 LUNG_WINDOW = (-1350.0, 150.0)
+ABDOMEN_WINDOW = (-160.0, 240.0)
 COLOURS: tuple[tuple[int, int, int], ...]
 COLOURS = ((66, 135, 245), (255, 80, 60), (60, 200, 120), (250, 190, 40), (190, 90, 220), (60, 210, 220))
 COLOURS += ((245, 150, 190), (150, 110, 60), (170, 200, 60), (240, 240, 120), (255, 255, 255), (205, 205, 170))

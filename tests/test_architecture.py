@@ -26,6 +26,9 @@ ROOMS = {"unet", "sampler", "conditioning", "siamese", "categorical", "training"
 ROOMS |= {"evaluation", "mask_evaluation", "mask_metrics", "mask_sampler", "mask_statistics"}
 ROOMS |= {"autoencoder", "controlnet", "ldm_layout", "endoscopy_phantoms", "downstream", "image_evaluation"}
 ROOMS |= {"text", "report_unet", "slices", "abdomen_phantoms", "anatomy_metrics", "volume_evaluation"}
+ROOMS |= {"attribute_unet", "codebook", "lesion_diffusion", "lesion_sampler", "lesion_plan", "lesion_boxes"}
+ROOMS |= {"lesion_geometry", "lesion_reports", "lesion_lists", "lesion_phantoms", "lesion_evaluation"}
+ROOMS |= {"organs", "llm", "biomedclip", "lesion_words"}
 FOR_ALL = {"io", "schedules"}
 
 

@@ -26,6 +26,8 @@ sys.path.insert(0, str(REPO))
 from common.io import list_synthetic  # noqa: E402
 from common.mask_metrics import errors, match  # noqa: E402
 from common.pictures import (  # noqa: E402
+    ABDOMEN_WINDOW,
+    LUNG_WINDOW,
     asked_for,
     captioned,
     centre_of,
@@ -168,8 +170,30 @@ def picture_reports(cases: Sequence[dict[str, Any]], output: Path) -> list[Path]
     return [output / "montage.png", output / "scroll.gif"]
 
 
+def picture_lesions(cases: Sequence[dict[str, Any]], output: Path) -> list[Path]:
+    """Montage: for each lesion what was asked, the CT before, the CT after, and its mask; axial and coronal."""
+    cells = []
+    for case in cases:
+        (before, spacing), (after, _), (label, _) = (load(case[k]) for k in ("reference", "image", "label"))
+        report = case["made_by"]["record"]["reports"][0]
+        window = LUNG_WINDOW if "lung" in report["organ"] else ABDOMEN_WINDOW
+        at, rows = centre_of(label), []
+        for axis in (2, 1):
+            shown = [plane(v, axis, at[axis], window=window, spacing=spacing) for v in (before, after)]
+            lesion = (label == 2).astype(np.uint8)
+            tinted = plane(after, axis, at[axis], window=window, spacing=spacing, layout=lesion)
+            rows.append([*shown, tinted])
+        said = ", ".join(report["attributes"][k] for k in ("density", "shape", "surface characteristics", "CT value"))
+        size = " x ".join(f"{n:.0f}" for n in report["size_mm"])
+        cells.append(captioned(montage(rows, ["before, after, mask"]), f"{report['lesion']}, {size} mm: {said}"))
+    columns = 3
+    save_png(montage([cells[i : i + columns] for i in range(0, len(cells), columns)]), output / "montage.png")
+    return [output / "montage.png"]
+
+
 # What of a case decides which picture shows it best; the first that it has.
 PICTURES: dict[frozenset[str], Callable[[Sequence[dict[str, Any]], Path], list[Path]]] = {
+    frozenset({"image", "label", "reference"}): picture_lesions,
     frozenset({"image", "layout", "reference"}): picture_volumes,
     frozenset({"image", "layout"}): picture_reports,
     frozenset({"image", "mask"}): picture_pairs,

@@ -59,6 +59,12 @@ PAPER_PARAMETERS: dict[str, dict[tuple[str, ...], int]] = {
         ("train", "train_mask", "paper", "paper_mask", "unconditional"): 95_402_060,
         ("train", "train_mask", "paper", "paper_mask"): 115_439_308 + 40_946_688,
     },
+    "lesion_diffusion": {
+        ("train", "paper"): 187_503_365,
+        ("inference", "paper"): 187_503_365,
+        ("train", "train_mask", "paper", "paper_mask"): 2_527_489,
+        ("train", "train_vq", "paper", "paper_vq"): 7_009_709,
+    },
     "siamese_diffusion": {
         ("train", "paper"): 1_222_977_476,
         ("inference", "paper"): 1_222_977_476,
@@ -72,6 +78,8 @@ MAY_DIFFER = {
     "batch_size": "training and synthesis fill memory differently",
     "phantom_cases": "training needs more of them",
     "phantom_seed": "synthesis starts from bodies that training has not seen",
+    "phantom_crop": "training needs what is around a lesion, synthesis whole bodies",
+    "phantom_lesions": "training needs lesions, synthesis bodies without",
     "cases": "training reads real cases; synthesis needs fewer files or none, repeats cases, goes on after a bad one",
     "preprocessing": "synthesis prepares what is asked, training real images; what both do is shared by id",
     "run": "each file's own verb",
@@ -404,7 +412,8 @@ def check_paper(bundle: Path) -> list[str]:
         network = build(parsed)
         size = grid(parsed)
         taken, given = channels_of(network)
-        shape = tuple(network(torch.empty(1, taken, *size, device="meta")).shape)
+        output = network(torch.empty(1, taken, *size, device="meta"))
+        shape = tuple((output[0] if isinstance(output, tuple) else output).shape)  # an autoencoder tells more
         count = sum(p.numel() for p in network.parameters())
         if count != expected or shape != (1, given, *size):
             problems.append(f"{'+'.join(names)}: {count:,} parameters, expected {expected:,}; output {shape}")
