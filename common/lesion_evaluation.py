@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from monai.data import MetaTensor
 from numpy.typing import ArrayLike
 from scipy import ndimage, stats
@@ -47,7 +48,8 @@ LESION = 2  # its value in a label
 NEAR_MM = 3.0  # a lesion may lie so far outside the organ that an organ map shows
 # Words that say how dense a lesion is by comparison with its solid organ, in order.
 ORDER = (FLUID, "hypodense lesion", "isodense lesion", "hyperdense lesion")
-CHANNELS = (8, 16, 32, 64)  # of the downstream segmenter
+SEEN = 32  # pixels of a slice that features are taken of
+CHANNELS = (16, 32, 64, 128)  # of the downstream segmenter
 
 NOTES = (
     f"Inside: share of the lesion's voxels in its organ, or within {NEAR_MM:g} mm; 'protruding' ones are to leave it, "
@@ -58,15 +60,17 @@ NOTES = (
     "CT value error: mean distance of the lesion's mean HU from the one asked for; 'shuffled': from others'.",
     "Seam: mean step between neighbours, one changed and the other not, after over before. 1 is no seam.",
     "Outside: largest change farther than the rim from any lesion. Anything but 0 means a CT that was not asked for.",
-    "FID and KID are of three slices through each lesion, patches of half the crop's side on the working grid, mean over "
-    "planes; they depend on the extractor and the number of patches. 'before' are the same places without the lesion, "
-    "'real halves' half of the real lesions against the rest: a good painter comes near the latter, one that paints "
-    "nothing gets the former.",
-    "Downstream: Dice of a small 3-D U-Net on held-out lesions, equally many steps for each arm; ± over trainings.",
+    "FID and KID are of three slices through the middle of each lesion's box and a little around it, stretched to one "
+    "size, mean over planes; they depend on the extractor and the number of lesions. 'before' are the same places "
+    "without the lesion, 'real halves' half of the real ones against the rest: a good painter comes near the latter, "
+    "one that paints nothing gets the former.",
+    "Downstream: Dice on held-out lesions of a small 3-D U-Net that sees CT and organ, for equally many steps; ± over "
+    "trainings.",
 )
 
 Case = dict[str, Any]
-Pairs = tuple[torch.Tensor, torch.Tensor]
+Patch = torch.Tensor
+"""(3, S, A, L) around a lesion: CT in [-1, 1], organ in {-1, 1}, lesion in {0, 1}."""
 
 
 def evaluate_lesions(
@@ -82,7 +86,7 @@ def evaluate_lesions(
     rim_mm: float = 12.0,
     few: int = 12,
     seeds: Sequence[int] = (0, 1, 2),
-    steps: int = 200,
+    steps: int = 400,
     name: str = "evaluation",
 ) -> dict[str, Any]:
     """Compare a folder of CTs with painted lesions with what was asked, with their originals, and with real lesions.
@@ -124,15 +128,15 @@ def evaluate_lesions(
         outside.append(kept)
     if not rows["synthetic"]:
         raise ValueError(f"no label in {synthetic_dir} holds a lesion (value {LESION}): nothing to evaluate")
-    tests = [_real_row(case, load, see)["pair"] for case in held_out] if steps and held_out else []
-    pairs = {cohort: [row.pop("pair") for row in found] for cohort, found in rows.items()}
+    tests = [_real_row(case, load, see)["patch"] for case in held_out] if steps and held_out else []
+    patches = {cohort: [row.pop("patch") for row in found] for cohort, found in rows.items()}
     before = [row.pop("before") for row in rows["synthetic"]]
 
     reasons: dict[str, str] = {}
     downstream: dict[str, Any] = {}
     if tests:
-        stacks = [_stack(part) for part in (pairs["real"][:few], pairs["synthetic"], tests)]
-        downstream = lesion_downstream(*stacks, seeds=seeds, steps=steps)
+        parts = (patches["real"][:few], patches["synthetic"], tests)
+        downstream = lesion_downstream(*map(torch.stack, parts), seeds=seeds, steps=steps)
     else:
         reasons["downstream"] = "no held-out cases, or no steps, were given"
     result = {
@@ -153,7 +157,7 @@ def evaluate_lesions(
             "seam_ratio": summary([case["seam"] for case in outside]),
             "outside_max_hu": float(np.fmax.reduce([case["outside"] for case in outside])),
         },
-        "patches": _patches(pairs["real"], pairs["synthetic"], before, extractor, reasons),
+        "patches": _patches(patches["real"], patches["synthetic"], before, extractor, reasons),
         "downstream": downstream,
         "cases": {**rows, "surroundings": outside},
         "notes": list(NOTES),
@@ -220,21 +224,22 @@ def _real_row(case: Mapping[str, Any], load: Loader | None, see: Patcher) -> Cas
     overlap = dict(enumerate(np.bincount(values[mask]).tolist()))
     report = described(read_reports(case["report"], name), overlap)
     row = measure_lesion(report, mask, hu, image.affine, values)
-    return {"name": name, **row, "pair": see(hu, mask, image.affine)}
+    return {"name": name, **row, "patch": see(hu, label.numpy()[0] > 0, mask, image.affine)}
 
 
 def _synthetic_rows(case: Case, load: Loader | None, see: Patcher, rim_mm: float) -> tuple[list[Case], Case]:
     """All that one synthetic CT tells: of each lesion, and of what lies around."""
     image, label = _read(case, "image"), _read(case, "label")
-    given = {"image": case["original"], "organs": case["organs"]}
-    given = {key: path for key, path in given.items() if path and Path(path).is_file()}
-    given = dict(load(given)) if load and given else given
+    files = {"image": case["original"], "organs": case["organs"]}
+    given: Mapping[str, Any] = {key: path for key, path in files.items() if path and Path(path).is_file()}
+    given = load({**given, "name": case["name"]}) if load and "image" in given else given
     old, organs = (_read(given, key) if key in given else None for key in ("image", "organs"))
     _grids_agree([v for v in (image, label, old, organs) if v is not None], case["name"])
     hu, lesions = image.numpy()[0].astype(np.float32), label.numpy()[0] == LESION
     before = None if old is None else old.numpy()[0].astype(np.float32)
     values = None if organs is None else organs.numpy()[0].astype(np.int64)
     spacing = np.linalg.norm(np.asarray(image.affine)[:3, :3], axis=0)
+    organ = label.numpy()[0] > 0
     rows, kept = [], {"name": case["name"], "missing": 0, "seam": math.nan, "outside": math.nan}
     for report, box in case["asked"]:
         mask = lesions if box is None else lesions & see.near(box, hu.shape, image.affine)
@@ -243,8 +248,8 @@ def _synthetic_rows(case: Case, load: Loader | None, see: Patcher, rim_mm: float
             continue
         row = measure_lesion(report, mask, hu, image.affine, values, before)
         row["fill"] = row["volume_mm3"] / see.volume(box) if box else row["fill"]
-        patch = None if before is None else see(before, mask, image.affine)
-        rows.append({"name": case["name"], **row, "pair": see(hu, mask, image.affine), "before": patch})
+        now, then = (None if x is None else see(x, organ, mask, image.affine) for x in (hu, before))
+        rows.append({"name": case["name"], **row, "patch": now, "before": then})
     if before is not None:
         kept["seam"] = seam_ratio(before, hu, spacing)
         kept["outside"] = outside_change(before, hu, lesions, spacing, rim_mm)
@@ -252,7 +257,7 @@ def _synthetic_rows(case: Case, load: Loader | None, see: Patcher, rim_mm: float
 
 
 class Patcher:
-    """Sees lesions as networks do: (1, S, A, L) around them, on the working grid.
+    """Sees lesions as networks do: what lies around them, on the working grid.
 
     Args:
         spacing: of the working grid, mm.
@@ -264,8 +269,8 @@ class Patcher:
             raise ValueError(f"size must be three sides of at least 16 voxels, got {tuple(size)}")
         self.spacing, self.size = spacing, tuple(size)
 
-    def __call__(self, hu: np.ndarray, mask: np.ndarray, affine: ArrayLike) -> Pairs:
-        """CT in [-1, 1] and mask in {0, 1} around a lesion."""
+    def __call__(self, hu: np.ndarray, organ: np.ndarray, mask: np.ndarray, affine: ArrayLike) -> Patch:
+        """What lies around a lesion (X, Y, Z)."""
         grid = working_grid(hu.shape, affine, self.spacing)
         start, extent = cover(mask, affine, grid)
         # A lesion that were always in the middle could be found without a look at it.
@@ -273,8 +278,9 @@ class Patcher:
         middle = [a + n // 2 + s for a, n, s in zip(start, extent, aside, strict=True)]
         crop = grid.crop(crop_start(middle, self.size, grid.shape), self.size)
         seen = resample(torch.from_numpy(hu)[None], affine, crop, "linear", AIR)
-        lesion = resample(torch.from_numpy(mask.astype(np.uint8))[None], affine, crop, "nearest")
-        return 2 * to_unit(seen) - 1, lesion.float()
+        labels = torch.from_numpy(np.stack([organ, mask]).astype(np.uint8))
+        there = resample(labels, affine, crop, "nearest").float()
+        return torch.cat([2 * to_unit(seen) - 1, 2 * there[:1] - 1, there[1:]])
 
     def near(self, box: Box, shape: Sequence[int], affine: ArrayLike) -> np.ndarray:
         """Voxels of a file (X, Y, Z) in a box of the working grid, or next to it."""
@@ -439,19 +445,16 @@ def _control(rows: Sequence[Case]) -> Case:
 
 
 def _patches(
-    real: Sequence[Pairs],
-    synthetic: Sequence[Pairs],
-    before: Sequence[Pairs | None],
+    real: Sequence[Patch],
+    synthetic: Sequence[Patch],
+    before: Sequence[Patch | None],
     extractor: Extractor,
     reasons: dict[str, str],
 ) -> dict[str, Case]:
     """FID and KID of patches against those of real lesions."""
-    known = [_features(pair, extractor) for pair in real]
-    cohorts = {
-        "synthetic": (known, [_features(pair, extractor) for pair in synthetic]),
-        "before": (known, [_features(pair, extractor) for pair in before if pair is not None]),
-        "real halves": (known[::2], known[1::2]),
-    }
+    seen = [[_features(p, extractor) for p in found if p is not None] for found in (real, synthetic, before)]
+    halves = (seen[0][::2], seen[0][1::2])
+    cohorts = {"synthetic": (seen[0], seen[1]), "before": (seen[0], seen[2]), "real halves": halves}
     keys, out = ("fid", "kid_mean", "kid_std"), {}
     for cohort, (ours, theirs) in cohorts.items():
         if min(len(ours), len(theirs)) < 2:
@@ -464,36 +467,32 @@ def _patches(
     return out
 
 
-def _features(pair: Pairs, extractor: Extractor) -> torch.Tensor:
-    """Features (3, F) of the slices of a patch (1, S, A, L) through the middle of its lesion."""
-    image, mask = pair
-    voxels = torch.nonzero(mask[0]) if mask.any() else torch.tensor([image.shape[1:]]) // 2
-    middle = voxels.float().mean(0).round().long().tolist()
-    size = [max(16, n // 2) for n in image.shape[1:]]
-    start = crop_start(middle, size, image.shape[1:])
-    near = image[:, *(slice(a, a + n) for a, n in zip(start, size, strict=True))]
-    slices = [near.select(1 + axis, at - a)[None] for axis, (at, a) in enumerate(zip(middle, start, strict=True))]
-    return torch.stack([extract(extractor, one) for one in slices])
+def _features(patch: Patch, extractor: Extractor) -> torch.Tensor:
+    """Features (3, F) of slices through a lesion's box and a little around it, stretched to one size.
 
-
-def _stack(pairs: Sequence[Pairs]) -> Pairs:
-    return torch.stack([image for image, _ in pairs]), torch.stack([mask for _, mask in pairs])
+    Of whole patches, whose anatomy differs more than lesions do, they would not tell a lesion from none.
+    """
+    box = Box.of((patch[2] > 0).numpy() if patch[2].any() else np.ones(patch.shape[1:], dtype=bool))
+    around = tuple(slice(max(0, a - n // 6 - 1), a + n + n // 6 + 1) for a, n in zip(box.start, box.size, strict=True))
+    near = patch[:1, *around]
+    slices = [near.select(axis, near.shape[axis] // 2)[None] for axis in (1, 2, 3)]
+    return torch.stack([extract(extractor, F.interpolate(x, (SEEN, SEEN), mode="bilinear")) for x in slices])
 
 
 def lesion_downstream(
-    real: Pairs,
-    synthetic: Pairs,
-    test: Pairs,
+    real: Patch,
+    synthetic: Patch,
+    test: Patch,
     *,
     seeds: Sequence[int] = (0, 1, 2),
-    steps: int = 200,
+    steps: int = 400,
     batch_size: int = 4,
     channels: Sequence[int] = CHANNELS,
 ) -> dict[str, Case]:
     """Do synthetic lesions help? A small 3-D U-Net learns from few real ones, and from both; Dice on other real ones.
 
     Args:
-        real: patches (N, 1, *S) in [-1, 1] and masks (N, 1, *S) in {0, 1}.
+        real: patches (N, 3, S, A, L).
         synthetic: likewise, of any number.
         test: likewise, unknown to the others.
         seeds: of trainings.
@@ -504,17 +503,15 @@ def lesion_downstream(
     Returns:
         arm -> {"runs": mean Dice of each seed, "dice": their summary, "gain": over "real" with the same seed}.
     """
-    both = (torch.cat([real[0], synthetic[0]]), torch.cat([real[1], synthetic[1]]))
-    arms = {"real": real, "real + synthetic": both, "synthetic": synthetic}
+    arms = {"real": real, "real + synthetic": torch.cat([real, synthetic]), "synthetic": synthetic}
     runs: dict[str, list[float]] = {arm: [] for arm in arms}
     for seed in seeds:
-        for arm, (images, masks) in arms.items():
+        for arm, patches in arms.items():
             logger.info("segmenter of %s lesions, seed %d", arm, seed)
-            epochs = max(1, round(steps / math.ceil(len(images) / batch_size)))
-            network = train_segmenter(
-                images, masks, epochs=epochs, batch_size=batch_size, channels=channels, seed=int(seed)
-            )
-            runs[arm].append(float(dice_scores(network, *test).mean()))
+            epochs = max(1, round(steps / math.ceil(len(patches) / batch_size)))
+            how: Case = {"epochs": epochs, "batch_size": batch_size, "channels": channels, "seed": int(seed)}
+            network = train_segmenter(patches[:, :2], patches[:, 2:], **how)
+            runs[arm].append(float(dice_scores(network, test[:, :2], test[:, 2:]).mean()))
     gains = {arm: [a - b for a, b in zip(found, runs["real"], strict=True)] for arm, found in runs.items()}
     return {arm: {"runs": found, "dice": summary(found), "gain": summary(gains[arm])} for arm, found in runs.items()}
 
