@@ -214,7 +214,7 @@ def test_another_seed_gives_another_mask_and_a_list_may_bring_its_own(
     entries = [{"name": "report_0001", "report": ENGLISH}, {"name": "own", "layout": "own.nii.gz"}, CHINESE]
     (tmp_path / "list.json").write_text(json.dumps(entries), encoding="utf-8")
     places = {"dataset_dir": tmp_path / "list.json", "output_dir": tmp_path / "out"}
-    succeeded(run_bundle(NAME, "inference", "smoke", seed=1, **places, **stages))
+    succeeded(run_bundle(NAME, "inference", "smoke", seed=1, batch_size=3, **places, **stages))
     assert verify.check_synthesis(tmp_path / "out") == []
     np.testing.assert_array_equal(read(tmp_path / "out/own_layout.nii.gz"), own)
     assert read(tmp_path / "out/own_image.nii.gz").shape == own.shape
@@ -272,7 +272,7 @@ def own_masks() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def masks_run(
     stages: dict[str, Path], run_bundle: Run, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[subprocess.CompletedProcess, Path]:
-    """All masks, two at a time, in TotalSegmentator's numbers."""
+    """All masks, of several shapes, two at a time where neighbours are equal, in TotalSegmentator's numbers."""
     root = tmp_path_factory.mktemp("masks")
     for name, (layout, affine) in own_masks().items():
         values = foreign(layout)
@@ -282,7 +282,7 @@ def masks_run(
     write(root / "in/SEG/unknown.nii.gz", np.where(layout == 4, 200, foreign(layout)).astype(np.uint8), affine)
     whole = (root / "in/SEG/plain.nii.gz").read_bytes()
     (root / "in/SEG/truncated.nii.gz").write_bytes(whole[: len(whole) // 2])
-    return run_masks(run_bundle, root, stages), root
+    return run_masks(run_bundle, root, stages, batch_size=2), root
 
 
 def run_masks(run_bundle: Run, root: Path, stages: dict[str, Path], **knobs: object) -> subprocess.CompletedProcess:
