@@ -140,7 +140,8 @@ class CaseSaver:
     AFTERWARDS += ("real", "real_dir", "masks_dir", "load_real", "extractor", "evaluation", "cohorts")
     AFTERWARDS += ("held_out", "held_out_dir", "held_out_phantoms", "held_out_cases", "held_out_seed")
     AFTERWARDS += ("segment", "segmenter_epochs", "segmenter_seeds")
-    AFTERWARDS += ("real_cases", "real_seed", "real_phantoms", "plane_slices", "organs")
+    AFTERWARDS += ("real_cases", "real_seed", "real_phantoms", "real_crop", "plane_slices", "organs")
+    AFTERWARDS += ("downstream_few", "downstream_seeds", "downstream_steps")
     TRACKING = ("tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0")
 
     def __init__(

@@ -59,6 +59,7 @@ from .lesion_words import (
 )
 
 Size = tuple[float, float, float]
+LARGEST = 1.2  # of the organ's extent: a lesion may bulge out of it
 MASK_KEYS = (ENHANCEMENT, SHAPE, MARGIN, NEIGHBOURS, FEATURES, CAVITY)
 IMAGE_KEYS = (ENHANCEMENT, SHAPE, DENSITY, VARIATIONS, VALUE, MARGIN, NEIGHBOURS, FEATURES)
 
@@ -397,7 +398,11 @@ def check_wish(
             there = ", ".join(organ_name(n) for n in sorted(present)[:12] if 1 <= n <= len(ORGAN_NAMES)) or "none"
             why = " (TotalSegmentator's version 2 never fills it)" if number in UNFILLED else ""
             raise CaseError(f"{wish.organ} ({number}) is not in the scan{why}: choose an organ that is, e.g. {there}")
-    if wish.size_mm and extent_mm is not None and any(s > e for s, e in zip(wish.size_mm, extent_mm, strict=True)):
+    if (
+        wish.size_mm
+        and extent_mm is not None
+        and any(s > LARGEST * e for s, e in zip(wish.size_mm, extent_mm, strict=True))
+    ):
         size, extent = (" x ".join(f"{n:.0f}" for n in numbers) for numbers in (wish.size_mm, extent_mm))
         raise CaseError(f"a lesion of {size} mm does not fit {wish.organ}, {extent} mm here: ask for a smaller one")
     organ = wish.organ if wish.organ in organs else organs[0]

@@ -80,6 +80,7 @@ class OpenAIReportWriter:
             raise ValueError("no language model is named: give model, or set OPENAI_MODEL")
         self._key = key if key is not None else os.environ.get("OPENAI_API_KEY", "")
         self.timeout, self.retries, self.fallback = timeout, retries, fallback
+        self.description = f"OpenAIReportWriter(url={self.url!r}, model={self.model!r})"
 
     def __call__(
         self,

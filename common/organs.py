@@ -166,7 +166,7 @@ def _unchanged(sidecar: Path, origin: Mapping[str, str]) -> Path | None:
 # ---------------------------------------------------------------------------------------------------------------------
 # TotalSegmentator
 
-INSTALL = "pip install TotalSegmentator==2.18.0"  # the line of requirements-extras.txt
+INSTALL = "pip install torch==2.13.0 TotalSegmentator==2.18.0"
 
 # Mode -> the task under which its weights are fetched, its trainer, its folders.
 _LONG = "nnUNetTrainer_4000epochs_NoMirroring"

@@ -4,6 +4,7 @@
     python tools/benchmark.py cmdm [--weights FILE] [--cases 64]
     python tools/benchmark.py siamese_diffusion [--batch 16] [--cases 16] [--calls 20 10]
     python tools/benchmark.py guidegen [--batch 4] [--cases 16] [--volume 64 128 128]
+    python tools/benchmark.py lesion_diffusion [--batch 4] [--cases 6] [--calls 5 10 15]
 
 Prints Markdown for docs/README.md; what is timed in pairs, as medians. "Plain" is MONAI's ``DiffusionModelUNet`` as its
 defaults make it, or the bundle's own network where MONAI has none: float32, contiguous, attention materialised, a
@@ -29,6 +30,7 @@ sys.path.insert(0, str(REPO))
 from common.execution import FastPath  # noqa: E402
 from common.schedules import DDPM  # noqa: E402
 from tools.benchmark_guidegen import cascade_samplers, mask_paths  # noqa: E402
+from tools.benchmark_lesions import lesion_paths, lesion_samplers  # noqa: E402
 from tools.benchmark_masks import mask_samplers  # noqa: E402
 from tools.benchmark_siamese import pair_samplers, siamese_paths  # noqa: E402
 from tools.benchmark_volumes import volume_samplers  # noqa: E402
@@ -111,6 +113,7 @@ KINDS: dict[frozenset[str], tuple[Tables, Tables]] = {
     frozenset({"mask"}): (single_paths, mask_samplers),
     frozenset({"image", "mask"}): (siamese_paths, pair_samplers),
     frozenset({"report", "image", "layout"}): (cascade_paths, cascade_samplers),
+    frozenset({"image", "label"}): (lesion_paths, lesion_samplers),
 }
 
 
