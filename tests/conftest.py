@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +28,52 @@ from common.semantics import Lesion  # noqa: E402
 SIDE = 64  # of drawn masks
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Share the tests between workers: a file stays together with its fixtures, or one bundle's part of it.
+
+    (``--dist loadgroup`` would be the same, but does nothing in pytest-xdist 3.8 with pytest 9.2.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    bundles = "|".join(path.parent.name for path in (REPO / "bundles").glob("*/configs"))
+
+    class ByBundle(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            return "::".join([file, *re.findall(rf"[\[-]({bundles})(?=[\]-])", test)[:1]])
+
+    return ByBundle(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that run bundles are slow and go first, so that no worker waits for another at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("bundle")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+@contextmanager
+def no_bundle_stays() -> Iterator[None]:
+    """A bundle built in this process puts itself first on the path (`use_bundle`): not beyond this context.
+
+    Path and modules go together: with the path alone put back, the bundle that is first again would meet the
+    ``scripts`` of another.
+    """
+    path, scripts = list(sys.path), sys.modules.get("scripts")
+    yield
+    if sys.path != path or sys.modules.get("scripts") is not scripts:
+        sys.path[:] = path
+        for name in [name for name in sys.modules if name.split(".")[0] == "scripts"]:
+            del sys.modules[name]
+
+
+@pytest.fixture(autouse=True)
+def _no_bundle_stays() -> Iterator[None]:
+    """What one test builds of a bundle must not reach the next."""
+    with no_bundle_stays():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -46,11 +98,41 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(thorax_cohort(tmp_path_factory.mktemp("cohort"), 4, (24, 24, 24)))
 
 
-def run_command(*command: str, cwd: Path = REPO, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    """Run a command as a user would; the result holds stdout and stderr together."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **(env or {})}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+PATIENCE = 600  # seconds
+
+
+@cache
+def preloaded() -> subprocess.Popen:
+    """The process that forks for every command; it ends with ours, when its stdin does."""
+    command = [sys.executable, str(REPO / "tests" / "preloaded.py")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, text=True, bufsize=1, **pipes)
+
+
+def fork_command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Run ``python *arguments`` without its start: see `preloaded`."""
+    server = preloaded()
+    with tempfile.NamedTemporaryFile("r", errors="replace") as output:
+        order = {"command": arguments, "cwd": str(cwd), "output": output.name, "seconds": PATIENCE}
+        server.stdin.write(json.dumps(order) + "\n")
+        status = int(server.stdout.readline())
+        return subprocess.CompletedProcess([sys.executable, *arguments], status, output.read())
+
+
+def run_command(
+    *command: str, cwd: Path = REPO, env: dict[str, str] | None = None, fresh: bool = False
+) -> subprocess.CompletedProcess:
+    """Run a command as a user would; the result holds stdout and stderr together.
+
+    Python's are forked from a process that has MONAI imported, unless ``fresh``, with an environment of their own, or
+    where a fork might inherit CUDA.
+    """
+    if command[0] == sys.executable and env is None and not fresh and not torch.cuda.is_available():
+        return fork_command(*command[1:], cwd=cwd)
+    environment = {**os.environ, **ENVIRONMENT, **(env or {})}
     return subprocess.run(
-        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600
+        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE
     )
 
 
@@ -62,16 +144,21 @@ def run_bundle() -> Callable[..., subprocess.CompletedProcess]:
     """
 
     def run(
-        name: str, *configs: str, cwd: Path = REPO, root: Path | None = None, env: dict | None = None, **knobs: object
+        name: str,
+        *configs: str,
+        cwd: Path = REPO,
+        root: Path | None = None,
+        env: dict | None = None,
+        fresh: bool = False,
+        **knobs: object,
     ) -> subprocess.CompletedProcess:
         bundle = root or REPO / "bundles" / name
         folder = os.path.relpath(bundle / "configs", cwd)
         files = [f"{folder}/{c}.json" for c in configs]
         config_file = files[0] if len(files) == 1 else str(files)
         flags = [part for key, value in knobs.items() for part in (f"--{key}", str(value))]
-        return run_command(
-            sys.executable, "-m", "monai.bundle", "run", "--config_file", config_file, *flags, cwd=cwd, env=env
-        )
+        command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", config_file, *flags]
+        return run_command(*command, cwd=cwd, env=env, fresh=fresh)
 
     return run
 

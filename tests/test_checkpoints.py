@@ -44,13 +44,6 @@ RESNET = {
 }
 
 
-@pytest.fixture(autouse=True)
-def own_path(monkeypatch):
-    """A bundle puts itself first on the path: not beyond one test. One thread, as others share the machine."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    torch.set_num_threads(1)
-
-
 def tiny(in_channels: int = 3, res_blocks: int = 1) -> DiffusionUNet:
     torch.manual_seed(0)
     network = DiffusionUNet(

@@ -51,12 +51,6 @@ KEPT = ["channels", "num_res_blocks", "attention_levels"]
 Weights = dict[str, torch.Tensor]
 
 
-@pytest.fixture(autouse=True)
-def own_path(monkeypatch):
-    """A bundle puts itself first on the path: not beyond one test."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Files as the authors write them
 

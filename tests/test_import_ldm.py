@@ -57,12 +57,6 @@ VAE = ((32, 32), 1, (False, False))  # channels, blocks, attention: it halves on
 Weights = dict[str, torch.Tensor]
 
 
-@pytest.fixture(autouse=True)
-def own_path(monkeypatch):
-    """A bundle puts itself first on the path: not beyond one test."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-
-
 class Pair(NamedTuple):
     """Networks, and the file that holds them in Stable Diffusion's names."""
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import run_command
 from ignite.engine import Engine, Events
 from monai.data import CacheDataset, DataLoader
 from monai.transforms import Compose, RandGaussianNoised
@@ -412,10 +413,7 @@ TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 def execute(repo: Path, *arguments: str) -> str:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(
-        arguments, cwd=repo, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300
-    )
+    done = run_command(*arguments, cwd=repo)
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout
 
