@@ -454,6 +454,26 @@ def test_several_processes_teach_the_same_discriminators(monkeypatch):
     torch.testing.assert_close(weights(together), weights(alone))
 
 
+def test_it_runs_under_distributed_data_parallel(tmp_path):
+    gradients = []
+    for wrapped in (False, True):
+        network, image = make(), images()
+        loss = adversarial(network)
+        if wrapped:
+            dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+        try:
+            called = nn.parallel.DistributedDataParallel(network) if wrapped else network
+            assert AdversarialCodebookLoss(called, CodebookLoss(32), channels=4).network is network
+            loss(called(image), image).backward()
+        finally:
+            if wrapped:
+                dist.destroy_process_group()
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in [*network.parameters(), *loss.discriminators.parameters()]])
+        )
+    torch.testing.assert_close(*gradients)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -507,7 +527,7 @@ def used(network: CodebookAutoencoder) -> float:
 
 
 def test_dead_codes_are_revived(tmp_path):
-    """A short training on a toy set: 20 % of 128 codes in use without, 91 % with; perplexity 9 and 81, L1 .11 and .08."""
+    """A short training on a toy set: 20 % of 128 codes used without, 91 % with; perplexity 9 and 81, L1 .11 and .08."""
     plain, revived = (trainer(tmp_path / str(n), 20, revive=n, start=1000, codes=128, interval=20) for n in (0, 5))
     assert used(plain.network) < 0.4
     assert used(revived.network) > 0.8
