@@ -155,13 +155,13 @@ def bumps(report: LesionReport, rng: np.random.Generator) -> tuple[np.ndarray, n
     """Directions (K, 3), heights and sharpness (K,) of what makes the shape differ from an ellipsoid."""
     kinds = [(3, 0.03, 2.5)]
     if has(report, SHAPE, "irregular"):
-        kinds += [(6, 0.42, 4.0), (6, 0.2, 10.0)]
+        kinds += [(7, 1.1, 8.0), (10, 0.4, 16.0)]
     if has(report, MARGIN, "ill-defined", "unclear", "irregularity", "poorly"):
         kinds += [(10, 0.1, 12.0)]
     if has(report, FEATURES, "spiculated"):
         kinds += [(12, 0.8, 25.0)]
     directions = rng.normal(size=(sum(n for n, _, _ in kinds), 3))
-    heights = np.concatenate([h * rng.uniform(0.4 if h >= 0.5 else -0.8, 1, n) for n, h, _ in kinds])
+    heights = np.concatenate([h * rng.uniform(0.4 if s >= 25 else -0.8, 1, n) for n, h, s in kinds])
     sharpness = np.concatenate([np.full(n, s) for n, _, s in kinds])
     return directions / np.linalg.norm(directions, axis=1, keepdims=True), heights, sharpness
 

@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from scipy import ndimage
+from scipy.spatial import ConvexHull
 
 from common.io import CaseError
 from common.lesion_lists import list_lesion_cases
@@ -162,13 +163,13 @@ def test_size_is_as_asked_within_a_voxel(size, shape):
         assert np.all(extent >= np.array(size) - (1 if shape == "round-like" else 2) * SPACING - 1e-6)
 
 
-def test_round_fills_its_box_better_than_irregular():
-    def fill(shape: str) -> float:
+def test_round_is_convex_and_irregular_is_not():
+    def solidity(shape: str) -> list[float]:
         masks = [paint(said(size=40.0, shape=shape), seed)[3] for seed in range(4)]
-        return float(np.mean([m.sum() / np.prod(np.ptp(np.argwhere(m), axis=0) + 1) for m in masks]))
+        return [m.sum() / ConvexHull(np.argwhere(m)).volume for m in masks]
 
-    assert 0.42 < fill("round-like") < 0.6
-    assert 0.2 < fill("irregular") < fill("round-like") - 0.04
+    assert min(solidity("round-like")) > 1  # voxels have a size, a hull of their centres has less
+    assert np.mean(solidity("irregular")) < 1
 
 
 @pytest.mark.parametrize("seed", range(4))
