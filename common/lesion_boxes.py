@@ -138,9 +138,9 @@ def place_box(
         organ: bool (S, A, L), the scan or any part of it that holds the organ.
         size: of the box, voxels along S, A, L.
         hollow: whether the organ is (urinary bladder, stomach, colon, esophagus, ...).
-        cavity: the report's: ``"within the parenchymal organ"``: all of the box lies in it; ``"protruding from ..."``:
-            the box crosses its surface; ``"within the lumen of a hollow organ"``: the centre is deeper than the wall;
-            ``"wall thickening"``: it is not; anything else: the centre is in the organ.
+        cavity: the report's: ``"within the parenchymal organ"``: the ellipsoid that fills the box lies in it;
+            ``"protruding from ..."``: it crosses its surface; ``"within the lumen of a hollow organ"``: the centre is
+            deeper than the wall; ``"wall thickening"``: it is not; anything else: the centre is in the organ.
         rng: draws the centre.
         location: words for the part of the organ that holds the centre: a half of its extent (upper, anterior, left of
             the patient, ...), central or peripheral; other words are passed over.
@@ -204,7 +204,7 @@ def _region(organ: np.ndarray, size: Triple, hollow: bool, cavity: str, wall: in
         core = ndimage.binary_erosion(organ, iterations=max(1, wall))
         region = core if cavity == LUMEN else organ & ~core
     elif not hollow and cavity == WITHIN:
-        region = _fits(organ, _triple(2 * (n // 2) + 1 for n in size) if reference else size)
+        region = _boxes_fit(organ, _triple(2 * (n // 2) + 1 for n in size)) if reference else _fits(organ, size)
         return region if region.any() or not reference else organ
     elif not hollow and cavity == PROTRUDING and not reference:
         region = organ & ~_fits(organ, size)
@@ -212,6 +212,12 @@ def _region(organ: np.ndarray, size: Triple, hollow: bool, cavity: str, wall: in
 
 
 def _fits(organ: np.ndarray, size: Triple) -> np.ndarray:
+    """Centres at which the ellipsoid that fills a box lies in an organ: a lesion has no corners."""
+    radii = np.maximum(np.array(size) / 2, 0.5)
+    return ndimage.distance_transform_edt(np.pad(organ, 1), 1 / radii)[1:-1, 1:-1, 1:-1] >= 1
+
+
+def _boxes_fit(organ: np.ndarray, size: Triple) -> np.ndarray:
     """Centres of the boxes that lie in an organ."""
     return ndimage.minimum_filter(organ.view(np.uint8), size, mode="constant", cval=0).astype(bool)
 

@@ -163,6 +163,7 @@ class LesionSampler(Inferer):
             "least": least_voxels(self.spacing, "stone" in lesion.report.lesion),
         }
         best: LesionMask | None = None
+        soft = np.zeros(self.mask_size)
         for attempt in range(self.tries):
             own = seed + attempt
             soft = self.mask_sampler(condition, self.mask_network, context=context, seeds=[own])[0, 0]
@@ -172,10 +173,13 @@ class LesionSampler(Inferer):
                 best = found
             if found.accepted:
                 break
-        if best is None or not best.mask.any():
-            where = f"{lesion.report.organ}, box {lesion.box}"
-            raise ValueError(f"no mask came out in {where}, in {self.tries} tries: have the weights diverged?")
-        return start, best.mask
+        if best is not None and best.mask.any():
+            return start, best.mask
+        # Nothing rose above any threshold: what rose most, where it may be.
+        logger.warning(f"{lesion.report.organ}: no mask stood out in {self.tries} tries, the highest values are taken")
+        room = inside & allowed if (inside & allowed).any() else inside
+        least = np.sort(soft[room])[-max(1, round(aim["fill"] * int(room.sum())))]
+        return start, room & (soft >= least)
 
     def paint(
         self, lesion: Lesion, image: Tensor, mask: Tensor, affine: np.ndarray, crop: Grid, seed: int, network: Network

@@ -80,11 +80,14 @@ def test_sizes_of_reports_are_in_mm_and_turned():
     assert box_size((1, 1, 1), (5.0, 3.0, 3.0)) == (1, 1, 1)
 
 
-def test_within_the_organ_means_all_of_the_box():
-    for box in boxes():
-        assert box.size == (5, 6, 7)
-        assert ORGAN[box.slices].all()
-        assert ORGAN[box.slices].size == box.voxels
+def test_within_the_organ_means_all_of_the_ellipsoid_in_the_box():
+    """The published rule, all of the box, refuses lesions that a thin organ does hold."""
+    for size in ((5, 6, 7), (23, 19, 27)):
+        middle, radii = [(n - 1) / 2 for n in size], [n / 2 for n in size]
+        for box in boxes(size=size):
+            assert box.size == size
+            assert ORGAN[box.slices][ellipsoid(size, middle, [r - 0.75 for r in radii])].all()
+    assert not any(ORGAN[box.slices].all() for box in boxes(size=(23, 19, 27)))
 
 
 def test_protruding_crosses_the_surface():
@@ -149,8 +152,8 @@ def test_central_is_deep_and_words_add_up():
         ({"size": (0, 3, 3)}, "has no extent"),
         ({"size": (20, 6, 7), "limit": (16, 16, 16)}, "20x6x7 voxels .* larger than the crop .* 16x16x16"),
         ({"size": (50, 6, 7)}, "larger than the scan, 40x36x44"),
-        ({"size": (28, 24, 32)}, "fits nowhere within the parenchymal organ: .* would"),
-        ({"size": (12, 12, 12), "location": "peripheral"}, "fits nowhere .* in its part 'peripheral'"),
+        ({"size": (34, 30, 38)}, "fits nowhere within the parenchymal organ: .* would"),
+        ({"size": (18, 18, 18), "location": "peripheral"}, "fits nowhere .* in its part 'peripheral'"),
         ({"location": "upper and lower"}, "contradicts itself"),
         ({"location": "segment VII"}, "names no part of an organ: use upper"),
     ],
@@ -162,13 +165,13 @@ def test_impossible_requests_are_refused_with_the_reason(wanted, reason):
 
 def test_the_size_that_is_suggested_fits_and_a_larger_does_not():
     with pytest.raises(CaseError) as error:
-        boxes(1, size=(28, 24, 32))
+        boxes(1, size=(34, 30, 38))
     size = tuple(int(n) for n in str(error.value).split(": ")[-1].split(" would")[0].split("x"))
     assert boxes(1, size=size)
     with pytest.raises(CaseError):
         boxes(1, size=tuple(n + 1 for n in size))
     # The reference puts it anywhere, without a word.
-    assert boxes(1, size=(28, 24, 32), reference=True)
+    assert boxes(1, size=(34, 30, 38), reference=True)
 
 
 def test_placing_costs_the_organ_not_the_scan(monkeypatch):

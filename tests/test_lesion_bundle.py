@@ -56,7 +56,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Lesion phantoms: everything a data set may hold. Read only."""
-    return Path(lesion_cohort(tmp_path_factory.mktemp("studies"), 4, shape=SHAPE, seed=3))
+    return Path(lesion_cohort(tmp_path_factory.mktemp("studies"), 4, shape=SHAPE, seed=5))
 
 
 @pytest.fixture

@@ -110,7 +110,7 @@ def test_location_words_are_respected() -> None:
         ({"organ": "pancreas"}, "not in the scan"),
         ({"organ": "lever"}, "near names are"),
         ({"organ": "liver", "size_mm": [200, 200, 200]}, "ask for a smaller one"),
-        ({"organ": "liver", "size_mm": [60, 60, 60], "attributes": {"cavity": WITHIN}}, "fits nowhere"),
+        ({"organ": "liver", "size_mm": [78, 78, 78], "attributes": {"cavity": WITHIN}}, "fits nowhere"),
         ({"organ": "liver", "location": "upper lower"}, "contradicts itself"),
         ({"organ": "urinary bladder", "attributes": {"cavity": WITHIN}}, "does not fit urinary bladder"),
     ],

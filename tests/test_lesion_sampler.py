@@ -177,9 +177,11 @@ def test_any_grid_and_scans_smaller_than_the_crop(affine: np.ndarray) -> None:
     assert (image[torch.as_tensor(data["image"][1]) == 0] <= 0).all()
 
 
-def test_failing_networks_are_told() -> None:
+def test_a_mask_that_does_not_stand_out_is_still_a_lesion(caplog: pytest.LogCaptureFixture) -> None:
+    """One odd draw must not end a run of many cases."""
     chain = sampler(tries=2)
-    chain.mask_sampler = lambda condition, network, context, seeds: torch.zeros(1, 1, *condition.shape[2:])
+    chain.mask_sampler = lambda condition, network, context, seeds: 1e-3 * torch.rand(1, 1, *condition.shape[2:])
     data = planner(wish={"organ": "liver", "size_mm": [18, 18, 18]})(scan())
-    with pytest.raises(ValueError, match="no mask came out in liver"):
-        chain(batch(data), None, plans=[data["plan"]])
+    label = chain(batch(data), None, plans=[data["plan"]])[0, 1]
+    assert 0.3 < (label == 2).sum() / 6**3 < 0.6
+    assert "the highest values are taken" in caplog.text
