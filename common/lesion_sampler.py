@@ -31,6 +31,9 @@ from .text import contexts_of
 logger = logging.getLogger(__name__)
 
 
+SCANNER = (-1024.0, 3071.0)  # HU of a scanner's 12 bits, which a change on top of noise may not leave
+
+
 class LesionSampler(Inferer):
     """Makes the planned lesions of a CT.
 
@@ -191,7 +194,8 @@ class LesionSampler(Inferer):
         context = contexts_of(image_texts(lesion.report), self.contexts, self.num_tokens)[None].to(z_0)
         z = self.painter(torch.cat([z_0, where], dim=1), network, context=context, seeds=[seed])
         made = to_hu(self.latents.decode(z)[0].float())
-        return paste(image, affine, made, feather(mask, self.rim).to(made), crop)
+        pasted = paste(image, affine, made, feather(mask, self.rim).to(made), crop)
+        return torch.where(pasted == image, image, pasted.clamp(*SCANNER))
 
 
 def lesion_seed(seed: int, index: int) -> int:

@@ -498,7 +498,7 @@ def check_image(file: Path, made_by: dict[str, Any]) -> list[str]:
     """An image is finite, not all the same, and on the grid of its layout, given or drawn, if the case has one."""
     load = LoadImage(image_only=True)
     image, problems = load(file), []
-    drawn = [file.parent / name for name in made_by["outputs"] if stem(name).endswith("_layout")]
+    drawn = [file.parent / name for name in made_by["outputs"] if stem(name).endswith(("_layout", "_label"))]
     layout = made_by["case"].get("layout") or next(filter(Path.is_file, drawn), None)
     grid = load(layout) if layout else image
     if image.shape != grid.shape or not torch.allclose(image.affine, grid.affine, atol=1e-4):
