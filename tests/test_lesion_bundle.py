@@ -22,6 +22,7 @@ import torch
 from common.io import sha256
 from common.lesion_phantoms import lesion_cohort
 from tools import verify
+from tools.benchmark_lesions import LesionBench, contrast, mean
 
 pytestmark = pytest.mark.bundle
 
@@ -189,3 +190,19 @@ def test_a_language_model_writes_reports(
     assert (report["source"], report["lesion"], report["attributes"]["shape"]) == ("llm", "liver tumor", "round-like")
     assert "secret-key" not in done.stdout
     assert not any(b"secret-key" in path.read_bytes() for path in (tmp_path / "out").glob("*.json"))
+
+
+def test_shipped_weights_heed_words() -> None:
+    """Hyperdense is brighter than hypodense by a wide margin; with the text off, words do nothing."""
+    parsed = verify.parser(BUNDLE, "inference")
+    bench = LesionBench(parsed, 2, torch.device("cpu"))
+    gap = {}
+    for on in (True, False):
+        bench.words(on)
+        dark, bright = (
+            mean([contrast(made) for made in bench.draw({"density": word})])
+            for word in ("hypodense lesion", "hyperdense lesion")
+        )
+        gap[on] = bright - dark
+    assert gap[True] > 40
+    assert abs(gap[False]) < 1

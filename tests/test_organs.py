@@ -134,7 +134,7 @@ def test_unusable_maps_are_refused(tmp_path: Path, values: np.ndarray, affine: n
 
 def test_without_map_or_segmenter_the_ways_out_are_named(tmp_path: Path) -> None:
     data = loaded("a", image=ct(tmp_path / "CT" / "a.nii.gz"))
-    with pytest.raises(CaseError, match=r"a has no organ map: .*ORGANS/a.nii.gz.*pip install torch.*TotalSegm.*--segmenter"):
+    with pytest.raises(CaseError, match=r"a has no organ map: .*ORGANS/a.nii.gz.*pip install torch.*--segmenter"):
         OrganMapd()(data)
     with pytest.raises(ValueError, match="give output_dir"):
         OrganMapd(Segmenter())
@@ -247,7 +247,7 @@ def test_unknown_modes_are_refused(installed: None) -> None:
 def test_missing_package_is_named() -> None:
     if shutil.which("TotalSegmentator") or _version() is not None:
         pytest.skip("TotalSegmentator is installed")
-    with pytest.raises(ImportError, match=r"not installed: pip install torch==2.13.0 TotalSegmentator==2.18.0, or give"):
+    with pytest.raises(ImportError, match=r"not installed: pip install torch==2.13.0 TotalSegmentator"):
         TotalSegmentatorOrgans()
 
 

@@ -117,6 +117,7 @@ def test_preset_becomes_the_default(checkout: Path, tmp_path: Path) -> None:
     # stand beside it (an autoencoder, a first stage), whose knobs stay as they are.
     preset = verify.read(small / "configs/paper.json")
     beside = ("autoencoder", "latent_channels", "mask_", "adapter_", "summary_", "token_width", "num_classes")
+    beside += ("encoder_blocks", "decoder_blocks", "num_codes", "null_token")
     kept = {k: v for k, v in preset.items() if not k.startswith(beside)}
     text = package._json(kept | {"channels": [32] * len(preset["channels"])})
     (small / "configs/paper.json").write_bytes(text)
@@ -252,7 +253,7 @@ MUTANTS: dict[str, tuple[verify.Check, Callable[[Path], Any], str]] = {
     "file macro": (verify.check_strings, put("inference", seed="%train.json::seed"), "is a macro"),
     "metadata reference": (verify.check_strings, put("train", seed="$@_meta_::version"), "reads @_meta_"),
     "hash sign": (verify.check_strings, change(META, '"task": "', '"task": "issue #5, '), "holds a #"),
-    "other value": (verify.check_shared_ids, put("train", prediction_type="sample"), "prediction_type differs"),
+    "other value": (verify.check_shared_ids, put("train", prediction_type="another"), "prediction_type differs"),
     "other network": (
         verify.check_shared_ids,
         put_in_network(norm_eps=1e-06),

@@ -410,3 +410,16 @@ def test_benchmark_of_a_cascade_prints_tables():
         "2 volumes",
         "4 volumes",
     ]
+
+
+@pytest.mark.bundle
+def test_benchmark_of_lesions_prints_tables(repo: Path, tmp_path: Path):
+    weights = tmp_path / "model.pt"
+    bundle = repo / "bundles" / "lesion_diffusion"
+    torch.save(verify.build(verify.parser(bundle, "inference", "smoke"), "cpu").state_dict(), weights)
+    command = ("lesion_diffusion", "--preset", "smoke", "--weights", str(weights), "--runs", "1", "--batch", "1")
+    done = run_command(sys.executable, "tools/benchmark.py", *command, "--cases", "1", "--calls", "2")
+    assert done.returncode == 0, done.stdout
+    for title in ("LMNet:", "LINet:", "The autoencoder, there and back", "in fewer calls", "The word for the density"):
+        assert title in done.stdout
+    assert "| 200 (reference) |" in done.stdout
