@@ -11,8 +11,8 @@ In configs it is called ``scripts.common.<room>``. Rooms along the path of the d
 - `phantoms`, `abdomen_phantoms`, `mask_phantoms`, `endoscopy_phantoms`: procedural chests, abdomens with reports, masks
   and polyps, every bundle's default cohort
 - `organs`: the organ map of a CT: given, stored, or by TotalSegmentator
-- `lesion_lists`, `lesion_words`, `lesion_reports`: cases of lesions, the vocabulary, reports; `llm`, `biomedclip`: a language model that writes
-  them, a text tower that encodes their words
+- `lesion_lists`, `lesion_words`, `lesion_reports`: cases of lesions, the vocabulary, reports
+- `llm`, `biomedclip`: a language model that writes reports, a text tower that encodes their words
 - `lesion_geometry`, `lesion_boxes`: crops of a CT and back into it; where a lesion goes, and what of a mask it is
 - `lesion_phantoms`: bodies with described lesions
 - `transforms`: dictionary transforms MONAI lacks
@@ -34,7 +34,8 @@ In configs it is called ``scripts.common.<room>``. Rooms along the path of the d
 - `training`: EMA, exact resume, progress, previews
 - `checkpoints`, `ldm_layout`: other people's weights into our networks
 - `metrics`, `evaluation`, `mask_metrics`, `mask_evaluation`, `image_evaluation`, `anatomy_metrics`,
-  `volume_evaluation`, `lesion_evaluation`: how good synthetic images, masks and anatomies are, in numbers and as a report
+  `volume_evaluation`, `lesion_evaluation`: how good synthetic images, masks, anatomies and lesions are, in numbers
+  and as a report
 - `downstream`: whether they help a segmenter
 - `pictures`: slices, montages and GIFs as a radiologist looks at them
 """
