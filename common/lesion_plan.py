@@ -258,8 +258,9 @@ class PlanLesionsd(Transform):
         rng: np.random.Generator,
         others: Sequence[Lesion],
     ) -> Lesion:
-        """A box in the report's organ, apart from others'; a size that was not said shrinks until it fits."""
-        for _ in range(SHRINKINGS if wish.size_mm is None else 0):
+        """A box in the report's organ, apart from others'; a size that nobody asked for shrinks until it fits."""
+        free = wish.size_mm is None or wish.source == "rules"
+        for _ in range(SHRINKINGS if free else 0):
             try:
                 return Lesion(report, self.place(report, organs, grid, affine, rng, others))
             except CaseError:

@@ -126,6 +126,15 @@ def test_a_size_that_is_free_shrinks_until_it_fits() -> None:
     assert max(map(max, sizes)) <= 12
 
 
+def test_a_size_that_rules_wrote_shrinks_too() -> None:
+    """Rules know an organ's extent, not its shape; a size that somebody asked for is refused instead."""
+    lesion = {"organ": "liver", "size_mm": [78, 78, 78], "attributes": {"cavity": WITHIN}}
+    (made,) = lesions(planner()({**scan(), "report": {"lesions": [{**lesion, "source": "rules"}]}}))
+    assert max(made.box.size) < 26
+    with pytest.raises(CaseError, match="fits nowhere"):
+        planner()({**scan(), "report": {"lesions": [lesion]}})
+
+
 def test_several_lesions_keep_apart() -> None:
     planned = planner(wish={"organ": "liver", "size_mm": [12, 12, 12]}, num_lesions=3)(scan())
     boxes = [lesion.box for lesion in lesions(planned)]
