@@ -25,12 +25,17 @@ from .conditioning import Network
 from .lesion_boxes import WITHIN, Box, LesionMask, binarise, least_voxels, plausible_fill, target_organ
 from .lesion_geometry import AIR, Grid, crop_start, feather, paste, paste_labels, resample, to_hu, to_unit, working_grid
 from .lesion_plan import LESION, Lesion, on_latents
-from .lesion_reports import cavity_of, image_texts, mask_texts
+from .lesion_reports import LesionReport, cavity_of, image_texts, mask_texts
+from .lesion_words import MARGIN
 from .text import contexts_of
 
 logger = logging.getLogger(__name__)
 
 
+FADING, SHARP = (
+    ("ill-defined", "unclear", "irregularity", "poorly"),
+    ("well-defined", "clear serosal", "clear boundary"),
+)
 SCANNER = (-1024.0, 3071.0)  # HU of a scanner's 12 bits, which a change on top of noise may not leave
 
 
@@ -49,7 +54,7 @@ class LesionSampler(Inferer):
         mask_range: as LMNet was trained.
         num_tokens: rows of a context; None gives as many as there are attributes.
         tries: masks drawn for a lesion before it is given up; the fullest of them counts.
-        rim: voxels around the lesion over which it fades into the CT.
+        rim: voxels around the lesion over which it fades into the CT; one more or fewer by the words for its margin.
         seed: of a case without one.
         verbose: show a progress bar, on a terminal.
     """
@@ -194,8 +199,23 @@ class LesionSampler(Inferer):
         context = contexts_of(image_texts(lesion.report), self.contexts, self.num_tokens)[None].to(z_0)
         z = self.painter(torch.cat([z_0, where], dim=1), network, context=context, seeds=[seed])
         made = to_hu(self.latents.decode(z)[0].float())
-        pasted = paste(image, affine, made, feather(mask, self.rim).to(made), crop)
+        weight = feather(mask, max(1, self.rim + blur(lesion.report))).to(made)
+        pasted = paste(image, affine, made, weight, crop)
         return torch.where(pasted == image, image, pasted.clamp(*SCANNER))
+
+
+def blur(report: LesionReport) -> int:
+    """Voxels by which the rim of a lesion is wider than usual, as its margin is described: 1, 0 or -1.
+
+    At the starter's voxels the painter cannot show a margin, which is half a voxel wide.
+
+    Example:
+        >>> blur(LesionReport("liver", attributes={"surface characteristics": "ill-defined margin"}))
+        1
+    """
+    words = report.attributes.get(MARGIN, "")
+    fades = any(word in words for word in FADING)
+    return int(fades) - int(not fades and any(word in words for word in SHARP))
 
 
 def lesion_seed(seed: int, index: int) -> int:

@@ -131,6 +131,17 @@ def test_words_reach_both_networks() -> None:
     assert not torch.equal(image_a, image_b)
 
 
+def test_an_ill_defined_margin_fades_further() -> None:
+    wish = {"organ": "liver", "size_mm": [18, 18, 18], "location": "central"}
+    changed = []
+    for margin in ("well-defined margin", "ill-defined margin"):
+        data = planner(wish={**wish, "attributes": {"surface characteristics": margin}})(scan())
+        image, label, _ = made(data)
+        around = (image != data["image"][0].as_tensor()) & (label != 2)
+        changed.append(int(around.sum()))
+    assert changed[1] > 2 * changed[0] > 0
+
+
 def test_batch_equals_cases_and_seeds_decide() -> None:
     cases = [planner(wish={"organ": organ, "size_mm": [15, 15, 15]})(scan()) for organ in ("liver", "bladder")]
     together = sampler()(torch.cat([batch(c) for c in cases]), None, plans=[c["plan"] for c in cases], seeds=[3, 8])

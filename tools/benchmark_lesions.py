@@ -246,33 +246,42 @@ def asked_value(bench: LesionBench, body: Mapping[str, Any]) -> str:
 
 
 def measure_margin(bench: LesionBench) -> list[list[str]]:
-    """Rows: how much of a hypodense lesion's contrast is there in its outermost voxels."""
+    """Rows: how much of a hypodense lesion's change is there one voxel and two voxels outside its mask."""
     rows = []
     for word in ("well-defined margin", "ill-defined margin"):
         made = bench.draw({"density": "hypodense lesion", "surface characteristics": word, "CT value": "60 HU"})
+        shares = [mean([share_outside(m, k) for m in made]) for k in (1, 2)]
         rows.append(
-            [word, "contrast of the outermost voxels / of the core", f"{mean([rim_share(m) for m in made]):.2f}"]
+            [word, "change 1 and 2 voxels outside the mask over that inside", " ".join(f"{s:.2f}" for s in shares)]
         )
     return rows
 
 
-def rim_share(made: Mapping[str, Tensor]) -> float:
-    """Contrast of a lesion's outermost voxels over that of its core."""
+def share_outside(made: Mapping[str, Tensor], distance: int) -> float:
+    """Mean change of HU in a shell outside a lesion's mask over the mean change inside."""
     lesion = made["lesion"][None, None].float()
-    core = -torch.nn.functional.max_pool3d(-lesion, 3, 1, 1)[0, 0] > 0
-    around = made["after"][made["organ"] & ~made["lesion"]].median()
-    outer, inner = (made["after"][part].mean() - around for part in (made["lesion"] & ~core, core))
-    return float(outer / inner)
+    outer, inner = (torch.nn.functional.max_pool3d(lesion, 2 * k + 1, 1, k)[0, 0] > 0 for k in (distance, distance - 1))
+    change = made["after"] - made["before"]
+    return float(change[outer & ~inner].mean() / change[made["lesion"]].mean())
 
 
 def measure_shape(bench: LesionBench) -> list[list[str]]:
-    """Rows: how round masks are, 1 being the roundest that voxels allow."""
+    """Rows: how round masks are, and how much of their box they fill."""
     rows = []
     for word in ("round-like", "irregular"):
         made = bench.draw({"shape": word})
-        value = mean([roundness(m["lesion"]) for m in made])
-        rows.append([word, "share of the mask in the ball of its volume around its centre", f"{value:.2f}"])
+        ball = mean([roundness(m["lesion"]) for m in made])
+        box = mean([fill(m["lesion"]) for m in made])
+        rows.append(
+            [word, "share of the mask in the ball of its volume; of its box that it fills", f"{ball:.2f} {box:.2f}"]
+        )
     return rows
+
+
+def fill(mask: Tensor) -> float:
+    """Share of a mask in the smallest box around it."""
+    voxels = mask.nonzero()
+    return len(voxels) / float((voxels.max(0).values - voxels.min(0).values + 1).prod())
 
 
 def roundness(mask: Tensor) -> float:
