@@ -15,14 +15,13 @@ import numpy as np
 from scipy import ndimage
 
 from .io import CaseError
-from .totalsegmentator import TOTAL_V1
+from .lesion_words import INSIDE, LUMEN, OUTWARD, WALL, organ_id
+from .lesion_words import LUNGS as LOBES
 
 Triple = tuple[int, int, int]
 
-LUNGS = frozenset(number for number, name in enumerate(TOTAL_V1, start=1) if name.startswith("lung_"))
-
-WITHIN, PROTRUDING = "within the parenchymal organ", "protruding from the parenchymal organ"
-LUMEN, WALL = "within the lumen of a hollow organ", "wall thickening"
+LESION = 2  # its value in a label; 1 is the organ
+LUNGS = frozenset(organ_id(name) for name in LOBES)
 
 # Word -> axis and side of it, 1 where the index is large; central and peripheral are told by depth.
 SIDES = {
@@ -203,10 +202,10 @@ def _region(organ: np.ndarray, size: Triple, hollow: bool, cavity: str, wall: in
     if hollow and cavity in (LUMEN, WALL):
         core = ndimage.binary_erosion(organ, iterations=max(1, wall))
         region = core if cavity == LUMEN else organ & ~core
-    elif not hollow and cavity == WITHIN:
+    elif not hollow and cavity == INSIDE:
         region = _boxes_fit(organ, _triple(2 * (n // 2) + 1 for n in size)) if reference else _fits(organ, size)
         return region if region.any() or not reference else organ
-    elif not hollow and cavity == PROTRUDING and not reference:
+    elif not hollow and cavity == OUTWARD and not reference:
         region = organ & ~_fits(organ, size)
     return region if region.any() else organ
 

@@ -35,7 +35,7 @@ from .evaluation import (
     write_report,
 )
 from .io import CaseError, list_synthetic, stem
-from .lesion_boxes import Box, components
+from .lesion_boxes import LESION, Box, components
 from .lesion_geometry import AIR, cover, crop_start, resample, to_unit, working_grid
 from .lesion_reports import LesionReport, cavity_of, described, read_reports
 from .lesion_words import DENSITY, FLUID, LUNGS, OUTWARD, VALUE, is_hollow, organ_id
@@ -44,7 +44,6 @@ from .workflow import versions
 
 logger = logging.getLogger(__name__)
 
-LESION = 2  # its value in a label
 NEAR_MM = 3.0  # a lesion may lie so far outside the organ that an organ map shows
 # Words that say how dense a lesion is by comparison with its solid organ, in order.
 ORDER = (FLUID, "hypodense lesion", "isodense lesion", "hyperdense lesion")

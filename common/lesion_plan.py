@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .codebook import CodeSpace
 from .io import CaseError, write_json
-from .lesion_boxes import Box, box_size, components, place_box, target_organ
+from .lesion_boxes import LESION, Box, box_size, components, place_box, target_organ
 from .lesion_geometry import AIR, Grid, cover, crop_start, resample, to_unit, working_grid
 from .lesion_reports import (
     LesionReport,
@@ -49,7 +49,6 @@ from .transforms import Data
 
 logger = logging.getLogger(__name__)
 
-LESION = 2  # its value in a label; 1 is the organ
 TEXTS: dict[str, Callable[[LesionReport], list[str]]] = {"mask": mask_texts, "image": image_texts}
 PLACES = 50  # boxes tried for a lesion that must not touch the others'
 SHRINKINGS = 8  # of a lesion whose size is free
@@ -144,7 +143,8 @@ class PlanLesionsd(Transform):
         image, organs = MetaTensor(data["image"]), torch.as_tensor(data["organs"])
         numbered = self.numbered(data, organs)
         grid = working_grid(image.shape[1:], image.affine, self.spacing)
-        lesions = self.stored(data, organs, numbered, grid, np.asarray(image.affine))
+        reports = read_reports(data["report"], str(data.get("name", ""))) if "report" in data else []
+        lesions = self.stored(data, reports, organs, numbered, grid, np.asarray(image.affine))
         plan = {"lesions": [lesion.plain() for lesion in lesions], "affine": np.asarray(image.affine).tolist()}
         data["plan"] = json.dumps(plan)
         stacked = torch.cat([torch.as_tensor(image).float(), organs.float(), numbered.float()])
@@ -160,10 +160,18 @@ class PlanLesionsd(Transform):
                 out[0][lesion.box.slices][torch.from_numpy(lesion.mask)] = number
         return out
 
-    def stored(self, data: Data, organs: Tensor, numbered: Tensor, grid: Grid, affine: np.ndarray) -> list[Lesion]:
+    def stored(
+        self,
+        data: Data,
+        reports: Sequence[LesionReport],
+        organs: Tensor,
+        numbered: Tensor,
+        grid: Grid,
+        affine: np.ndarray,
+    ) -> list[Lesion]:
         """The case's plan, made now or by a run before."""
         asked = {
-            "report": data.get("report") and plain(self.reports(data))["lesions"],
+            "report": plain(reports)["lesions"] or None,
             "wish": self.wish, "num_lesions": self.num_lesions, "max_lesions": self.max_lesions,
             "writer": str(getattr(self.writer, "description", type(self.writer).__name__)),
             "seed": data["seed"], "affine": affine.tolist(), "spacing": self.spacing, "size": self.size,
@@ -177,18 +185,22 @@ class PlanLesionsd(Transform):
             if held.get("asked_sha256") == digest:
                 return [Lesion.of(content) for content in held["lesions"]]
             logger.warning(f"{path} answers another question than is asked now: planned anew")
-        lesions = self.lesions(data, organs, numbered, grid, affine)
+        lesions = self.lesions(data["seed"], reports, organs, numbered, grid, affine)
         if path is not None:
             write_json(path, {"asked_sha256": digest, "lesions": [lesion.plain() for lesion in lesions]})
         return lesions
 
-    def reports(self, data: Data) -> list[LesionReport]:
-        """The reports that a case came with."""
-        return read_reports(data["report"], str(data.get("name", ""))) if "report" in data else []
-
-    def lesions(self, data: Data, organs: Tensor, numbered: Tensor, grid: Grid, affine: np.ndarray) -> list[Lesion]:
+    def lesions(
+        self,
+        seed: int,
+        reports: Sequence[LesionReport],
+        organs: Tensor,
+        numbered: Tensor,
+        grid: Grid,
+        affine: np.ndarray,
+    ) -> list[Lesion]:
         """Complete the reports and place the boxes."""
-        rng, reports = np.random.default_rng(data["seed"]), self.reports(data)
+        rng = np.random.default_rng(seed)
         given, extents = int(numbered.max()), self.extents(organs, affine)
         lesions: list[Lesion] = []
         for index in range(given or len(reports) or self.num_lesions):

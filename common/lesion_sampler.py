@@ -7,7 +7,6 @@ code replaces the whole scan by its reconstruction, in which no reader finds the
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -22,11 +21,12 @@ from tqdm import tqdm
 
 from .codebook import CodeSpace
 from .conditioning import Network
-from .lesion_boxes import WITHIN, Box, LesionMask, binarise, least_voxels, plausible_fill, target_organ
+from .io import case_seed
+from .lesion_boxes import LESION, Box, LesionMask, binarise, least_voxels, plausible_fill, target_organ
 from .lesion_geometry import AIR, Grid, crop_start, feather, paste, paste_labels, resample, to_hu, to_unit, working_grid
-from .lesion_plan import LESION, Lesion, on_latents
+from .lesion_plan import Lesion, on_latents
 from .lesion_reports import LesionReport, cavity_of, image_texts, mask_texts
-from .lesion_words import MARGIN
+from .lesion_words import INSIDE, MARGIN
 from .text import contexts_of
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class LesionSampler(Inferer):
         image_size: voxels of LINet's crop.
         mask_range: as LMNet was trained.
         num_tokens: rows of a context; None gives as many as there are attributes.
-        tries: masks drawn for a lesion before it is given up; the fullest of them counts.
+        tries: masks drawn for a lesion until one is accepted; else the fullest of them counts.
         rim: voxels around the lesion over which it fades into the CT; one more or fewer by the words for its margin.
         seed: of a case without one.
         verbose: show a progress bar, on a terminal.
@@ -124,30 +124,23 @@ class LesionSampler(Inferer):
         for lesion in lesions:
             label[torch.isin(organs, torch.tensor(lesion.organs).to(organs))] = 1
         for index, lesion in enumerate(tqdm(lesions, desc="lesions", disable=self.quiet, leave=False)):
-            own = lesion_seed(seed, index)
+            own = case_seed(seed, str(index))
             if lesion.number:
-                mine, box = given == lesion.number, lesion.box
+                mine = given == lesion.number
                 label[mine] = LESION
-                crop, mask = self.seen(mine.to(torch.uint8), affine, grid, box)
+                crop, mask = self.shown(mine, affine, lesion.box, grid)
             else:
-                drawn = self.draw(lesion, organs, label, affine, grid, own)
-                crop, mask = self.around(drawn, grid)
+                start, drawn = self.draw(lesion, organs, label, affine, grid, own)
+                own_grid, box = grid.crop(start, self.mask_size), Box.of(drawn).moved(start)
+                crop, mask = self.shown(torch.from_numpy(drawn)[None], own_grid.affine, box, grid)
                 label = paste_labels(label, affine, mask, crop, LESION)
             image = self.paint(lesion, image, mask, affine, crop, own, network)
         return torch.cat([image.float(), label.to(image).float()])
 
-    def seen(self, mask: Tensor, affine: np.ndarray, grid: Grid, box: Box) -> tuple[Grid, Tensor]:
-        """A given mask in LINet's crop."""
+    def shown(self, mask: Tensor, affine: np.ndarray, box: Box, grid: Grid) -> tuple[Grid, Tensor]:
+        """LINet's crop around a lesion's box, and the lesion's mask (1, *S), which lies on any grid, in it."""
         crop = grid.crop(crop_start(box.centre, self.image_size, grid.shape), self.image_size)
-        return crop, resample(mask, affine, crop, "nearest").float()
-
-    def around(self, drawn: tuple[tuple[int, ...], np.ndarray], grid: Grid) -> tuple[Grid, Tensor]:
-        """A mask drawn in LMNet's crop, which begins at a voxel of the working grid, in LINet's."""
-        start, mask = drawn
-        first = crop_start(Box.of(mask).moved(start).centre, self.image_size, grid.shape)
-        crop = grid.crop(first, self.image_size)
-        own = grid.crop(start, self.mask_size)
-        return crop, resample(torch.from_numpy(mask)[None].to(torch.uint8), own.affine, crop, "nearest").float()
+        return crop, resample(mask.to(torch.uint8), affine, crop, "nearest").float()
 
     def draw(
         self, lesion: Lesion, organs: Tensor, label: Tensor, affine: np.ndarray, grid: Grid, seed: int
@@ -164,7 +157,7 @@ class LesionSampler(Inferer):
         condition = torch.cat([there / 104, shown]).float()[None]
         context = contexts_of(mask_texts(lesion.report), self.contexts, self.num_tokens)[None].to(condition)
         allowed = ~earlier.cpu().numpy()
-        if cavity_of(lesion.report) == WITHIN:
+        if cavity_of(lesion.report) == INSIDE:
             allowed &= organ
         aim: dict[str, Any] = {
             "fill": plausible_fill(lesion.report.attributes.get("shape", "")),
@@ -216,8 +209,3 @@ def blur(report: LesionReport) -> int:
     words = report.attributes.get(MARGIN, "")
     fades = any(word in words for word in FADING)
     return int(fades) - int(not fades and any(word in words for word in SHARP))
-
-
-def lesion_seed(seed: int, index: int) -> int:
-    """Seed of a lesion of a case."""
-    return int.from_bytes(hashlib.sha256(f"{int(seed)}/{index}".encode()).digest()[:6], "big")

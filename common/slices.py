@@ -7,7 +7,6 @@ before". Slices of one volume follow each other; volumes of a batch go side by s
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .autoencoder import LatentSpace
+from .io import case_seed
 from .sampler import DiffusionSampler
 from .schedules import CaseNoise
 
@@ -188,7 +188,7 @@ class SliceSampler(Inferer):
 
 def slice_seed(seed: int, z: int) -> int:
     """Seed of a slice of a case."""
-    return int.from_bytes(hashlib.sha256(f"{int(seed)}/{z}".encode()).digest()[:6], "big")
+    return case_seed(int(seed), str(z))
 
 
 def to_unit_range(slices: Tensor) -> Tensor:

@@ -9,10 +9,6 @@ from scipy import ndimage
 from common import lesion_boxes
 from common.io import CaseError
 from common.lesion_boxes import (
-    LUMEN,
-    PROTRUDING,
-    WALL,
-    WITHIN,
     Box,
     binarise,
     box_centres,
@@ -25,6 +21,9 @@ from common.lesion_boxes import (
     target_numbers,
     target_organ,
 )
+from common.lesion_words import INSIDE as WITHIN
+from common.lesion_words import LUMEN, WALL
+from common.lesion_words import OUTWARD as PROTRUDING
 
 
 def ellipsoid(shape: tuple[int, ...], centre: tuple[float, ...], radii: tuple[float, ...]) -> np.ndarray:

@@ -20,6 +20,7 @@ from common.lesion_diffusion import LesionInferer
 from common.lesion_phantoms import LesionBody, lesion_body
 from common.lesion_words import FLUID, organ_id
 from tools.benchmark_guidegen import unfused
+from tools.benchmark_siamese import optimised
 from tools.measuring import cases_of, compared, network_of, table
 
 BODIES, CALLS, REFERENCE_CALLS = 6, [5, 10, 15], 200
@@ -70,14 +71,7 @@ def measure_network(
         return action
 
     def step(inferer: Any, network: torch.nn.Module) -> Callable[[], Any]:
-        optimizer = torch.optim.AdamW(network.parameters())
-
-        def action() -> None:
-            optimizer.zero_grad()
-            inferer(image, network, **given).square().mean().backward()
-            optimizer.step()
-
-        return action
+        return optimised(network, lambda: inferer(image, network, **given).square().mean())
 
     return [
         compared(title, make(noising, plain), make(fast, ours), arguments.runs, device)
