@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,9 +23,14 @@ import torch
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
+from common.io import sha256, write_json  # noqa: E402
 from common.phantoms import thorax_cohort  # noqa: E402
 from common.semantics import Lesion  # noqa: E402
+from tools import package  # noqa: E402
+from tools.reading import build, parser  # noqa: E402
 
+NAMES = sorted(path.parent.name for path in (REPO / "bundles").glob("*/configs"))
+IGNORED = shutil.ignore_patterns("output", "data", "eval", "__pycache__", ".*", "*.previous.*")
 SIDE = 64  # of drawn masks
 
 torch.set_num_threads(1)
@@ -38,7 +44,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """
     from xdist.scheduler import LoadScopeScheduling
 
-    bundles = "|".join(path.parent.name for path in (REPO / "bundles").glob("*/configs"))
+    bundles = "|".join(NAMES)
 
     class ByBundle(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
@@ -96,6 +102,59 @@ def repo() -> Path:
 def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four thorax phantoms of 24^3: ``CT/`` and ``SEG/``. Read only: copy it before changing anything."""
     return Path(thorax_cohort(tmp_path_factory.mktemp("cohort"), 4, (24, 24, 24)))
+
+
+@pytest.fixture(scope="session")
+def checkouts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``checkouts(name)``: a copy of one bundle in a small checkout, with untrained weights, which make any size cheap.
+
+    What else lies in models/ (statistics, say) stays, and the card of the shipped weights. Read only.
+    """
+
+    @cache
+    def make(name: str) -> Path:
+        root = tmp_path_factory.mktemp("checkout")
+        bundle = root / "bundles" / name
+        shutil.copytree(REPO / "common", root / "common", ignore=IGNORED)
+        shutil.copy(REPO / "requirements.txt", root)
+        shutil.copytree(REPO / "bundles" / name, bundle, ignore=IGNORED)
+        for path in (bundle / "models").glob("model_*"):
+            path.unlink()
+        levels = len(json.loads((bundle / "configs" / "inference.json").read_text())["attention_levels"])
+        for config in ("inference", "train"):
+            edit(bundle, config, channels=[8, 8, 16, 16][:levels], norm_num_groups=4)
+        save_weights(bundle, build(parser(bundle, "inference"), "cpu").state_dict())
+        return bundle
+
+    return make
+
+
+@pytest.fixture(params=NAMES)
+def checkout(request: pytest.FixtureRequest, checkouts: Callable[[str], Path]) -> Path:
+    """Each bundle in its small checkout."""
+    return checkouts(request.param)
+
+
+def copy_checkout(checkout: Path, folder: Path, name: str | None = None) -> Path:
+    """Copy the checkout's bundle, to break it; the shared code stays where it is."""
+    bundle = folder / "bundles" / (name or checkout.name)
+    shutil.copytree(checkout, bundle)
+    (folder / "common").symlink_to(checkout.parents[1] / "common")
+    shutil.copy(checkout.parents[1] / "requirements.txt", folder)
+    return bundle
+
+
+def edit(bundle: Path, name: str, /, **items: Any) -> None:
+    """Set top-level items of a config."""
+    path = bundle / "configs" / f"{name}.json"
+    path.write_bytes(package._json(json.loads(path.read_text()) | items))
+
+
+def save_weights(bundle: Path, state: dict[str, torch.Tensor]) -> None:
+    """Write the weights of a bundle, and fit their card to them."""
+    path, card = (bundle / "models" / f"model.{ending}" for ending in ("pt", "json"))
+    torch.save({key: value.half().float() for key, value in state.items()}, path)
+    write_json(card, json.loads(card.read_text()) | {"weights_sha256": sha256(path)})
 
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}

@@ -39,7 +39,7 @@ from tools.benchmark_siamese import STEPS, PairBench, StepBench, measure_guidanc
 from tools.demo import picture
 from tools.measuring import bundle_config
 
-TOOLS = ("verify", "package", "import_weights", "demo", "benchmark")
+TOOLS = ("verify", "untrusted", "package", "fetch", "publish", "import_weights", "demo", "benchmark")
 
 
 CPU = torch.device("cpu")
