@@ -90,7 +90,7 @@ class AttributeUNet(DiffusionUNet):
             kwargs: of `DiffusionUNet.forward`.
         """
         if context is None and not self.attends_to_itself:
-            context = x.new_zeros(len(x), 1, self.context_width)
+            context = x.new_zeros(x.shape[0], 1, self.context_width)
         return super().forward(x, timesteps, context, **kwargs)
 
     def tokens(self, context: Tensor | None) -> Tensor | None:

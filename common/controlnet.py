@@ -250,7 +250,7 @@ class ControlledUNet(nn.Module):
     def tokens(self, x: Tensor, context: Tensor | None) -> Tensor | None:
         """The tokens given, or a zero token where the networks attend to tokens and none were given."""
         if context is None and self.unet.cross_attention_dim is not None:
-            return x.new_zeros(len(x), 1, self.unet.cross_attention_dim)
+            return x.new_zeros(x.shape[0], 1, self.unet.cross_attention_dim)
         return self.unet.tokens(context)
 
     def encode_hint(self, hint: Tensor) -> Tensor:

@@ -437,7 +437,8 @@ def list_requests(
         statistics: file of `save_statistics`; opened only if something is to be drawn.
         requests: CSV with the columns size, x, y and if wanted count, label, mask; or JSON, a list of such objects, or
             of masks ``{"name": ..., "count": ..., "lesions": [{"size": ..., "x": ..., "y": ...}]}``, which may stand
-            under ``"masks"``. Rows that share a ``mask`` make one mask; where ``count`` asks for more lesions than are given, they are drawn.
+            under ``"masks"``. Rows that share a ``mask`` make one mask; where ``count`` asks for more lesions than are
+            given, they are drawn.
         num_samples: how many masks to draw; not used with requests.
         count: lesions in each mask, where the request does not say.
         seed: the run's seed. Mask i depends on (seed, i) alone.
@@ -491,10 +492,8 @@ def _read_requests(path: PathLike) -> list[tuple[str, list[Row]]]:
     wanted = "expected a table with the header size,x,y (if wanted count,label,mask), or JSON: a list of such objects"
     if Path(path).suffix.lower() == ".json":
         content = _read_json(path, wanted)
-        masks = content.get("masks") if isinstance(content, dict) else None
-        if isinstance(content, list) and all("lesions" in entry for entry in _dicts(content)):
-            masks = content
-        if masks and isinstance(masks, list):
+        masks = content.get("masks") if isinstance(content, dict) else content
+        if masks and isinstance(masks, list) and (masks is not content or "lesions" in _dicts(masks)[0]):
             return [
                 (str(m.get("name") or ""), [(i, {"count": m.get("count"), **a}) for a in _dicts(m.get("lesions"))])
                 for i, m in enumerate(_dicts(masks), 1)

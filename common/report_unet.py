@@ -127,9 +127,9 @@ class ReportUNet(DiffusionUNet):
         """
         missing = self.in_channels - x.shape[1]
         if 0 < missing <= self.blank_channels:
-            x = torch.cat([x, x.new_zeros(len(x), missing, *x.shape[2:])], dim=1)
+            x = torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], dim=1)
         if self.adapter is not None and context is None:
-            context = self.nothing.new_zeros(len(x), 1, self.nothing.shape[-1])
+            context = self.nothing.new_zeros(x.shape[0], 1, self.nothing.shape[-1])
         return super().forward(x, timesteps, context if self.adapter is not None else None, **kwargs)
 
     def inform(self, emb: Tensor, context: Tensor | None) -> Tensor:

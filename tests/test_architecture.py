@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import verify
+from tools import reading, verify
 
 REPO = Path(__file__).resolve().parents[1]
 BUNDLES = sorted(path.parent for path in (REPO / "bundles").glob("*/configs"))
@@ -111,5 +111,5 @@ def test_shim_is_the_same_everywhere() -> None:
 
 @pytest.mark.parametrize("bundle", BUNDLES, ids=lambda path: path.name)
 @pytest.mark.parametrize("check", [*verify.LAWS, *verify.STATIC], ids=lambda check: check.__name__)
-def test_law(check: verify.Check, bundle: Path) -> None:
+def test_law(check: reading.Check, bundle: Path) -> None:
     assert check(bundle) == []

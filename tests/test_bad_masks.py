@@ -24,7 +24,8 @@ from PIL import Image
 from common.io import CaseError, unwrap
 from common.mask_statistics import ShrunkKDE, save_statistics
 from common.semantics import Lesion
-from tools import verify
+from tools import reading
+from tools.smoke import check_synthesis
 
 pytestmark = pytest.mark.bundle
 Run = Callable[..., subprocess.CompletedProcess]
@@ -37,7 +38,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Untrained weights of the smoke size, statistics beside them."""
     path = tmp_path_factory.mktemp("weights") / "model.pt"
     torch.manual_seed(0)
-    torch.save(verify.build(verify.parser(BUNDLE, "inference", "smoke"), "cpu").state_dict(), path)
+    torch.save(reading.build(reading.parser(BUNDLE, "inference", "smoke"), "cpu").state_dict(), path)
     masks = [[Lesion(0.05 + 0.01 * i, 0.3 + 0.05 * i, 0.5)] for i in range(6)]
     masks += [[Lesion(0.04, 0.25, 0.4), Lesion(0.03, 0.75, 0.6)], []]
     save_statistics(ShrunkKDE().fit(masks), path.with_name("statistics.json"))
@@ -66,7 +67,7 @@ def disc(x: float = 24, y: float = 20, radius: float = 8, shape: tuple[int, int]
 
 def built(item: str, *configs: str, **knobs: Any) -> Any:
     """An item of the bundle's config, as a run would build it; its error is the one that a run ends with."""
-    parsed = verify.parser(BUNDLE, *configs, "smoke")
+    parsed = reading.parser(BUNDLE, *configs, "smoke")
     for key, value in knobs.items():
         parsed[key] = str(value) if isinstance(value, Path) else value
     try:
@@ -266,7 +267,7 @@ def test_classes_from_label_maps_to_masks_of_another_shape(run_bundle: Run, tmp_
         places["output_dir"] = tmp_path / "-".join(["synthetic", *overlays])
         run = run_bundle("cmdm", "inference", *overlays, "smoke", **places, **knobs)
         assert run.returncode == 0, run.stdout
-        assert verify.check_synthesis(places["output_dir"]) == []
+        assert check_synthesis(places["output_dir"]) == []
     wrong = run_bundle("cmdm", "inference", "smoke", **{**places, **knobs, "labels": "[1, 2, 4]"})
     assert "was fitted to labels [1, 2, 3], expected [1, 2, 4]" in ending(wrong)
 
@@ -308,7 +309,7 @@ def test_a_table_with_nonsense_rows(infer: Run, tmp_path: Path) -> None:
         assert f"{table}, row {number}: " in line, name
         assert words in line, name
     assert {p.name for p in (tmp_path / "out").glob("*.png")} == {f"{name}_mask.png" for name in GOOD_ROWS}
-    assert verify.check_synthesis(tmp_path / "out") == []
+    assert check_synthesis(tmp_path / "out") == []
     told = json.loads((tmp_path / "out/more.json").read_text())["made_by"]["case"]["lesions"]
     assert len(told) == 3
     assert told[0] == {"size": 0.05, "x": 0.3, "y": 0.3, "label": 1}
@@ -433,4 +434,4 @@ def test_a_killed_run_goes_on_and_a_larger_one_keeps_the_first(infer: Run, weigh
     assert again.stdout.count(": written to") == 2
     assert all((out / name).read_bytes() == content for name, content in before.items())
     assert len(list(out.glob("*.png"))) == len(before) + 2
-    assert verify.check_synthesis(out) == []
+    assert check_synthesis(out) == []

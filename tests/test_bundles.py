@@ -22,7 +22,9 @@ from conftest import run_command
 from monai.transforms import LoadImage
 from PIL import Image
 
-from tools import verify
+from common.io import sha256
+from tools import reading, verify
+from tools.smoke import check_synthesis
 
 pytestmark = pytest.mark.bundle
 
@@ -83,7 +85,7 @@ def times(folder: Path) -> dict[Path, int]:
 
 def test_training_leaves_plain_weights_and_traces(smoke: Smoke) -> None:
     state = torch.load(smoke.trained / "model.pt", weights_only=True)
-    network = verify.build(verify.parser(smoke.bundle, "inference", "smoke"))
+    network = reading.build(reading.parser(smoke.bundle, "inference", "smoke"))
     network.load_state_dict(state, strict=True, assign=True)
     assert all(value.isfinite().all() for value in state.values())
     assert {path.name for path in (smoke.trained / "preview").iterdir()} == {"epoch_0001.png", "epoch_0002.png"}
@@ -91,8 +93,8 @@ def test_training_leaves_plain_weights_and_traces(smoke: Smoke) -> None:
 
 
 def test_every_case_is_synthesised_and_reads_back(smoke: Smoke) -> None:
-    assert verify.check_synthesis(smoke.synthetic) == []
-    parsed = verify.parser(smoke.bundle, "inference", "smoke")
+    assert check_synthesis(smoke.synthetic) == []
+    parsed = reading.parser(smoke.bundle, "inference", "smoke")
     parsed["output_dir"], parsed["weights"] = str(smoke.synthetic), str(smoke.trained / "model.pt")
     cases = sorted(parsed.get_parsed_content("cases"), key=lambda case: case["name"])
     assert [card["made_by"]["case"] for card in sidecars(smoke.synthetic)] == cases
@@ -102,7 +104,7 @@ def test_every_case_is_synthesised_and_reads_back(smoke: Smoke) -> None:
 
 def test_synthesis_changes_the_original_within_the_window(smoke: Smoke) -> None:
     # Where nothing is synthesised the original stays, with whatever values it has.
-    low, high = verify.read(smoke.bundle / "configs" / "inference.json").get("hu_window", [0, 255])
+    low, high = reading.read(smoke.bundle / "configs" / "inference.json").get("hu_window", [0, 255])
     load = LoadImage(image_only=True, dtype=None)
     for path, case in ((p, c["made_by"]["case"]) for c in sidecars(smoke.synthetic) for p in c["made_by"]["outputs"]):
         if "image" in case and path.startswith(f"{case['name']}_image."):
@@ -145,7 +147,7 @@ def test_a_harmed_file_is_noticed(smoke: Smoke, tmp_path: Path) -> None:
         folder = tmp_path / name
         shutil.copytree(smoke.synthetic, folder)
         harm(folder / made[0].name)
-        (problem,) = verify.check_synthesis(folder)
+        (problem,) = check_synthesis(folder)
         if not counted:
             words = {"lost": words, "emptied.png": "is constant"}.get(name, "its side-car says")
         assert words in problem, name
@@ -155,10 +157,10 @@ def test_a_harmed_file_is_noticed(smoke: Smoke, tmp_path: Path) -> None:
 def test_sidecars_tell_where_an_image_comes_from(smoke: Smoke) -> None:
     for card in sidecars(smoke.synthetic):
         made_by = card["made_by"]
-        assert made_by["weights_sha256"] == verify.sha256(smoke.trained / "model.pt")
+        assert made_by["weights_sha256"] == sha256(smoke.trained / "model.pt")
         assert made_by["seed"] == made_by["case"]["seed"]
         assert {**made_by["inputs"], **made_by["outputs"]} == {
-            name: verify.sha256(smoke.synthetic / name) for name in [*made_by["inputs"], *made_by["outputs"]]
+            name: sha256(smoke.synthetic / name) for name in [*made_by["inputs"], *made_by["outputs"]]
         }
         assert "synthetic" in made_by["notice"]
 
@@ -173,7 +175,7 @@ def test_synthesis_from_the_bundle_folder_is_the_same(smoke: Smoke, run_bundle: 
 
 def test_training_from_the_bundle_folder_with_knobs(smoke: Smoke, run_bundle: Runner, tmp_path: Path) -> None:
     bundle = smoke.bundle
-    known = verify.read(bundle / "configs" / "train.json")
+    known = reading.read(bundle / "configs" / "train.json")
     knobs = {key: value for key, value in TINY.items() if key in known}
     knobs |= {k: [v] * len(known[k]) for k, v in knobs.items() if isinstance(known[k], list) and isinstance(v, int)}
     done = run_bundle(smoke.name, "train", cwd=bundle, epochs=1, output_dir=tmp_path, **knobs)
@@ -216,7 +218,7 @@ def test_evaluation_reports_numbers(smoke: Smoke, run_bundle: Runner) -> None:
     done = run_bundle(smoke.name, "inference", "evaluate", "smoke", **places)
     assert done.returncode == 0, done.stdout
     report = json.loads((smoke.synthetic / "evaluation.json").read_text())
-    assert any(isinstance(value, (int, float)) for _, value in verify.walk(report))
+    assert any(isinstance(value, (int, float)) for _, value in reading.walk(report))
     assert "|" in (smoke.synthetic / "evaluation.md").read_text()
     assert before == times(smoke.synthetic), "evaluation made finished cases again"
 
@@ -234,12 +236,12 @@ def test_statistics_alone(smoke: Smoke, run_bundle: Runner, tmp_path: Path) -> N
         }, "it trained"
         assert Image.open(statistics.with_suffix(".png")).width > 500
         held = json.loads(statistics.read_text())
-        config = verify.read(smoke.bundle / "configs" / "smoke.json")
+        config = reading.read(smoke.bundle / "configs" / "smoke.json")
         assert len(held["masks"]) + held["empty"] == config["phantom_cases"], "none is kept for validation"
         places = {"output_dir": tmp_path / "out", "weights": smoke.trained / "model.pt", "statistics": statistics}
         done = run_bundle(smoke.name, "inference", "smoke", num_samples=1, **places)
         assert done.returncode == 0, done.stdout
-        assert verify.check_synthesis(tmp_path / "out") == []
+        assert check_synthesis(tmp_path / "out") == []
 
 
 def test_stages(smoke: Smoke, run_bundle: Runner, tmp_path: Path) -> None:
@@ -256,7 +258,7 @@ def test_stages(smoke: Smoke, run_bundle: Runner, tmp_path: Path) -> None:
             places = {"output_dir": folder / "_".join(["synthetic", *legacy]), "weights": folder / "model.pt"}
             done = run_bundle(smoke.name, "inference", f"inference_{stage}", *legacy, "smoke", **places)
             assert done.returncode == 0, done.stdout
-            assert verify.check_synthesis(places["output_dir"]) == []
+            assert check_synthesis(places["output_dir"]) == []
 
 
 def test_legacy_overlay(smoke: Smoke, run_bundle: Runner, tmp_path: Path) -> None:
@@ -264,10 +266,10 @@ def test_legacy_overlay(smoke: Smoke, run_bundle: Runner, tmp_path: Path) -> Non
         places = {"output_dir": tmp_path, "weights": smoke.trained / "model.pt"}
         done = run_bundle(smoke.name, "inference", overlay, "smoke", **places)
         assert done.returncode == 0, done.stdout
-        assert verify.check_synthesis(tmp_path) == []
+        assert check_synthesis(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("check", verify.RELEASE, ids=lambda check: check.__name__)
-def test_verified(check: verify.Check, name: str) -> None:
+def test_verified(check: reading.Check, name: str) -> None:
     assert check(REPO / "bundles" / name) == []

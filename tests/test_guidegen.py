@@ -18,7 +18,8 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from common.abdomen_phantoms import abdomen, abdomen_cohort
 from common.totalsegmentator import CANCER, ORGANS, organ_table
-from tools import verify
+from tools import reading
+from tools.smoke import check_synthesis
 
 pytestmark = pytest.mark.bundle
 
@@ -28,7 +29,7 @@ REPO = Path(__file__).resolve().parents[1]
 MODELS = REPO / "bundles" / NAME / "models"
 ENGLISH = "63-year-old man. A mass of 5.0 cm is seen in the sigmoid colon. The spleen is enlarged."
 CHINESE = "男，66岁。脾脏切除术后。右肾缩小。"  # noqa: RUF001
-WINDOW = verify.read(REPO / "bundles" / NAME / "configs" / "inference.json")["hu_window"]
+WINDOW = reading.read(REPO / "bundles" / NAME / "configs" / "inference.json")["hu_window"]
 GRID = (24, 24, 6)  # of volumes drawn from reports at smoke size
 
 
@@ -100,8 +101,8 @@ def stages(data: Path, run_bundle: Run, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_each_stage_fills_its_own_network(stages: dict[str, Path]) -> None:
-    parsed = verify.parser(REPO / "bundles" / NAME, "inference", "smoke")
-    for knob, component in verify.FILLS.items():
+    parsed = reading.parser(REPO / "bundles" / NAME, "inference", "smoke")
+    for knob, component in reading.FILLS.items():
         network = parsed.get_parsed_content(component)
         network.load_state_dict(torch.load(stages[knob], weights_only=True), strict=True)
 
@@ -137,7 +138,7 @@ def test_pixels_and_a_foreign_index_train_and_synthesise(
     places = {"dataset_dir": tmp_path / "prompts.txt", "output_dir": tmp_path / "out"}
     places |= {"weights": tmp_path / "pixel/model.pt", "mask_weights": stages["mask_weights"]}
     succeeded(run_bundle(NAME, "inference", "pixel", "smoke", **places))
-    assert verify.check_synthesis(tmp_path / "out") == []
+    assert check_synthesis(tmp_path / "out") == []
     assert read(tmp_path / "out/report_0001_image.nii.gz").shape == GRID
 
 
@@ -156,7 +157,7 @@ def drawn(stages: dict[str, Path], run_bundle: Run, tmp_path_factory: pytest.Tem
 
 
 def test_reports_become_pairs_on_one_grid(drawn: Path) -> None:
-    assert verify.check_synthesis(drawn) == []
+    assert check_synthesis(drawn) == []
     cards = [json.loads(path.read_text())["made_by"]["case"] for path in sorted(drawn.glob("report_*.json"))]
     assert [card["report"] for card in cards] == [ENGLISH, CHINESE, ENGLISH]
     for card in cards:
@@ -215,7 +216,7 @@ def test_another_seed_gives_another_mask_and_a_list_may_bring_its_own(
     (tmp_path / "list.json").write_text(json.dumps(entries), encoding="utf-8")
     places = {"dataset_dir": tmp_path / "list.json", "output_dir": tmp_path / "out"}
     succeeded(run_bundle(NAME, "inference", "smoke", seed=1, batch_size=3, **places, **stages))
-    assert verify.check_synthesis(tmp_path / "out") == []
+    assert check_synthesis(tmp_path / "out") == []
     np.testing.assert_array_equal(read(tmp_path / "out/own_layout.nii.gz"), own)
     assert read(tmp_path / "out/own_image.nii.gz").shape == own.shape
     assert read(tmp_path / "out/report_0003_layout.nii.gz").shape == GRID

@@ -21,8 +21,9 @@ import torch
 
 from common.io import sha256
 from common.lesion_phantoms import lesion_cohort
-from tools import verify
+from tools import reading
 from tools.benchmark_lesions import LesionBench, contrast, mean
+from tools.smoke import check_synthesis
 
 pytestmark = pytest.mark.bundle
 
@@ -50,7 +51,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Untrained weights of the smoke size."""
     path = tmp_path_factory.mktemp("weights") / "model.pt"
     torch.manual_seed(0)
-    torch.save(verify.build(verify.parser(BUNDLE, "inference", "smoke"), "cpu").state_dict(), path)
+    torch.save(reading.build(reading.parser(BUNDLE, "inference", "smoke"), "cpu").state_dict(), path)
     return path
 
 
@@ -83,7 +84,7 @@ def test_what_is_there_is_used_and_what_is_bad_is_told(studies: Path, infer: Run
     assert "1 of 4 cases failed, the others are done" in done.stdout
     assert f"{names[3]} has no organ map" in done.stdout
     assert "set --segmenter" in done.stdout
-    assert verify.check_synthesis(out) == []
+    assert check_synthesis(out) == []
     assert {path: sha256(path) for path in before} == before, "inputs were written to"
     # The given lesion is painted as it is.
     given = read(data / "LABEL" / f"{names[0]}.nii.gz") == 2
@@ -194,7 +195,7 @@ def test_a_language_model_writes_reports(
 
 def test_shipped_weights_heed_words() -> None:
     """Hyperdense is brighter than hypodense by a wide margin; with the text off, words do nothing."""
-    parsed = verify.parser(BUNDLE, "inference")
+    parsed = reading.parser(BUNDLE, "inference")
     bench = LesionBench(parsed, 2, torch.device("cpu"))
     gap = {}
     for on in (True, False):

@@ -410,6 +410,7 @@ def test_requests_need_no_statistics(content, tmp_path):
     [
         "size,x,y,mask\n0.1,0.25,0.5,a\n0.3,0.5,0.5,\n0.05,0.8,0.5,a\n",
         {"masks": [{"name": "a", "lesions": [ROW, {"size": 0.05, "x": 0.8, "y": 0.5}]}, {"lesions": [ROW]}]},
+        [{"name": "a", "lesions": [ROW, {"size": 0.05, "x": 0.8, "y": 0.5}]}, {"lesions": [ROW]}],
     ],
 )
 def test_rows_of_one_mask(content, tmp_path):

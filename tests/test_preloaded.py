@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import fork_command, no_bundle_stays, run_command
 
-from tools import verify
+from tools import reading
 
 TELL = """
 import os, sys
@@ -40,7 +40,7 @@ def test_bundles_of_one_process_do_not_meet(repo: Path) -> None:
     """A bundle stays first for a module's tests; what a test in between builds of another must be gone after it."""
 
     def build(name: str) -> str:
-        return type(verify.build(verify.parser(repo / "bundles" / name, "inference", "smoke"))).__module__
+        return type(reading.build(reading.parser(repo / "bundles" / name, "inference", "smoke"))).__module__
 
     ours = build("cmdm")
     assert sys.modules["scripts"].__file__ == str(repo / "bundles/cmdm/scripts/__init__.py")

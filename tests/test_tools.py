@@ -22,7 +22,7 @@ from common.execution import FastPath
 from common.mask_statistics import ShrunkKDE, save_statistics
 from common.pictures import COLOURS
 from common.semantics import Lesion
-from tools import benchmark_guidegen, benchmark_siamese, verify
+from tools import benchmark_guidegen, benchmark_siamese, reading
 from tools.benchmark_guidegen import (
     LiteralCategorical,
     MaskSteps,
@@ -38,6 +38,7 @@ from tools.benchmark_guidegen import (
 from tools.benchmark_siamese import STEPS, PairBench, StepBench, measure_guidance, measure_pairs, measure_passes
 from tools.demo import picture
 from tools.measuring import bundle_config
+from tools.smoke import check_synthesis
 
 TOOLS = ("verify", "untrusted", "package", "fetch", "publish", "import_weights", "demo", "benchmark")
 
@@ -49,7 +50,7 @@ CPU = torch.device("cpu")
 def siamese_weights(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights of smoke size that do not predict zero."""
     torch.manual_seed(0)
-    state = verify.build(verify.parser(repo / "bundles/siamese_diffusion", "inference", "smoke"), "cpu").state_dict()
+    state = reading.build(reading.parser(repo / "bundles/siamese_diffusion", "inference", "smoke"), "cpu").state_dict()
     path = tmp_path_factory.mktemp("weights") / "model.pt"
     torch.save({key: value + 0.05 * torch.randn(value.shape) for key, value in state.items()}, path)
     return path
@@ -97,7 +98,7 @@ def test_demo_draws_masks_and_what_was_asked_over_them(repo: Path, tmp_path: Pat
     assert "cmdm: 7 synthetic cases" in done.stdout
     size = json.loads((repo / "bundles/cmdm/configs/inference.json").read_text())["image_size"]
     assert [np.asarray(Image.open(p)).shape for p in sorted(folder.glob("*_mask.png"))] == [tuple(size)] * 7
-    assert verify.check_synthesis(folder) == []
+    assert check_synthesis(folder) == []
     # The starter weights draw what they are asked for: all but one mask within tolerance, at the least.
     made = [json.loads(p.read_text())["made_by"] for p in folder.glob("mask_*.json")]
     assert sum(m["record"]["accepted"] for m in made) >= 6
@@ -113,7 +114,7 @@ def test_demo_draws_images_below_their_masks(siamese_weights: Path, tmp_path: Pa
     done = run_command(sys.executable, "tools/demo.py", *command)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "siamese_diffusion: 12 synthetic cases" in done.stdout
-    assert verify.check_synthesis(tmp_path / "siamese_diffusion") == []
+    assert check_synthesis(tmp_path / "siamese_diffusion") == []
     assert Image.open(tmp_path / "siamese_diffusion" / "montage.png").size == (6 * 162, 2 * 2 * 162)
 
 
@@ -150,7 +151,7 @@ def test_demo_refuses_what_makes_no_sense(arguments: list[str]):
 def test_benchmark_of_masks_prints_tables(repo: Path, tmp_path: Path):
     weights = tmp_path / "model.pt"
     command = ["cmdm", "--preset", "smoke", "--runs", "1", "--batch", "2", "--cases", "3", "--calls", "2", "4"]
-    torch.save(verify.build(verify.parser(repo / "bundles/cmdm", "inference", "smoke"), "cpu").state_dict(), weights)
+    torch.save(reading.build(reading.parser(repo / "bundles/cmdm", "inference", "smoke"), "cpu").state_dict(), weights)
     model = ShrunkKDE().fit([[Lesion(0.1 + 0.01 * i, 0.4, 0.5)] for i in range(6)])
     save_statistics(model, tmp_path / "statistics.json")
     done = run_command(sys.executable, "tools/benchmark.py", *command, "--weights", str(weights))
@@ -321,8 +322,8 @@ def guidegen(repo: Path, tmp_path: Path) -> ConfigParser:
     """Smoke size with random weights that do not predict zero."""
     torch.manual_seed(0)
     for name in ("mask_network", "network"):
-        parser = verify.parser(repo / "bundles/guidegen", "inference", "smoke")
-        state = verify.build(parser, "cpu", f"{name}_def").state_dict()
+        parser = reading.parser(repo / "bundles/guidegen", "inference", "smoke")
+        state = reading.build(parser, "cpu", f"{name}_def").state_dict()
         torch.save({k: v + 0.1 * torch.randn(v.shape) for k, v in state.items()}, tmp_path / f"{name}.pt")
     parser = bundle_config("guidegen", ["smoke"], tmp_path / "network.pt")
     parser["mask_weights"] = str(tmp_path / "mask_network.pt")
@@ -416,7 +417,7 @@ def test_benchmark_of_a_cascade_prints_tables():
 def test_benchmark_of_lesions_prints_tables(repo: Path, tmp_path: Path):
     weights = tmp_path / "model.pt"
     bundle = repo / "bundles" / "lesion_diffusion"
-    torch.save(verify.build(verify.parser(bundle, "inference", "smoke"), "cpu").state_dict(), weights)
+    torch.save(reading.build(reading.parser(bundle, "inference", "smoke"), "cpu").state_dict(), weights)
     command = ("lesion_diffusion", "--preset", "smoke", "--weights", str(weights), "--runs", "1", "--batch", "1")
     done = run_command(sys.executable, "tools/benchmark.py", *command, "--cases", "1", "--calls", "2")
     assert done.returncode == 0, done.stdout

@@ -25,7 +25,7 @@ import torch
 from conftest import run_command
 from monai.bundle import ComponentLocator, ConfigParser, ReferenceResolver
 
-from tools import laws, package, untrusted
+from tools import package, untrusted
 
 REPO = Path(__file__).resolve().parents[1]
 TOOL = REPO / "tools" / "untrusted.py"
@@ -298,6 +298,20 @@ def encrypted(files: Files) -> bytes:
     return bytes(data)
 
 
+def described_twice(files: Files) -> bytes:
+    data = bytearray(zipped(files))
+    data[8] = 0  # stored, says the file; deflated, says the directory
+    return bytes(data)
+
+
+def hiding(files: Files) -> bytes:
+    """Bytes between the last file and the directory."""
+    data = bytearray(zipped(files))
+    start = struct.unpack_from("<I", data, len(data) - 6)[0]
+    struct.pack_into("<I", data, len(data) - 6, start + 6)
+    return bytes(data[:start] + b"hidden" + data[start:])
+
+
 def commented(files: Files) -> bytes:
     data = bytearray(zipped(files))
     struct.pack_into("<H", data, len(data) - 2, 5)
@@ -375,6 +389,9 @@ CONTAINERS: dict[str, tuple[Attack, str]] = {
     "encrypted": (encrypted, "is encrypted"),
     "two names of one file": (forged(b"docs/first.txt", b"docs/other.txt", 1), "cannot be read"),
     "other content than its checksum": (forged(b"unforgeable", b"unfOrgeable"), "cannot be read"),
+    "no header": (forged(b"PK\3\4", b"PK\3\5", 1), "has no header of its own"),
+    "compressed in two ways": (described_twice, "is described in two ways"),
+    "bytes before the directory": (hiding, "belong to none"),
     "overlapping files": (overlapping, "overlaps another file"),
     "program before the zip": (around(b"#!/bin/sh\ntouch canary\n"), "hides bytes before it"),
     "second zip behind the zip": (lambda files: zipped(files) + zipped(files), "hides bytes before it"),
@@ -417,11 +434,16 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     "opens a file": (config(x="$open('canary', 'w')"), "'open' is not for configs"),
     "writes a file": (config(x="$Path('canary').write_text('x')"), "'write_text'"),
     "moves a file": (config(x="$Path('a').replace('b')"), "moves a file"),
+    "moves a file by another": (config(x="$list(map(Path('a').replace, ['b']))"), "moves a file"),
+    "moves a file by its class": (config(x="$Path.replace(Path('a'), 'b')"), "moves a file"),
+    "sets an attribute in a loop": (config(x="$[0 for torch.nn.Module.forward in [print]]"), "assigns to torch.nn"),
+    "sets a reference in a loop": (config(x="$[0 for @network in [print]]"), "assigns to"),
     "saves a file": (config(x="$np.savetxt('/home/me/.bashrc', ['touch canary'], fmt='%s')"), "'savetxt' leads out"),
     "climbs to object": (config(x="$().__class__.__base__.__subclasses__()"), "'__class__' may lead anywhere"),
     "climbs by getattr": (config(x="$getattr((), '__class__')"), "'__class__'"),
     "computes an attribute": (config(x="$getattr(@network, 'ev' + 'al')"), "getattr hides"),
     "hands on getattr": (config(x="$functools.reduce(getattr, [], 1)", y="$import functools"), "getattr hides"),
+    "hides an attribute": (config(x="$getattr(*@datalist)"), "getattr hides"),
     "sets an attribute": (config(x="$setattr(torch, 'load', print)"), "setattr is for torch.backends"),
     "format string": (config(x="$'{0.__class__}'.format(@network)"), "the string"),
     "hands on a module": (config(x="$[os][0].path"), "os itself is handed on"),
@@ -442,12 +464,17 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     "loads a pickle, told to": (config(x="$torch.load('m.pt', weights_only=False)"), "weights_only must be True"),
     "loads a pickle, perhaps": (config(x="$torch.load('m.pt', **@amp)"), "hides its arguments"),
     "loads a pickled array": (config(x="$np.load('a.npy', None, True)"), "numpy.load with allow_pickle"),
-    "evaluates by pandas": (config(x="$@dataset.eval('1')"), "eval with arguments"),
+    "evaluates by pandas": (config(x="$@dataset.eval('1')"), "eval runs its arguments"),
     "loads from a hub": (config(x="$torch.hub.load('a/b', 'c')"), "'hub' leads out of torch"),
     "loads a library": (config(x="$torch.ops.load_library('a.so')"), "'load_library'"),
     "downloads": (config(x="$monai.apps.download_url('http://a', 'b')"), "'download_url'"),
     "runs a bundle": (config(x="$monai.bundle.run(config_file='b.json')"), "monai.bundle"),
     "looks up a class": (config(x="$monai.transforms.LoadImage('os' + '.system')"), "looks up classes by strings"),
+    "looks up a class later": (config(x="$@head(reader='a')"), "reader is looked up by its name"),
+    "scripts of another": (
+        lambda files: [files.pop(name) for name in list(files) if name.startswith("scripts/")] and None,
+        "scripts is not in this bundle",
+    ),
     "names a command": (config(x="$@head('os.system')"), "the string 'os.system'"),
     "not Python": (config(x="$import os; os.system('touch canary')@"), "cannot be parsed"),
     "endless": (config(x="$" + "1+" * 6000 + "1"), "an expression of"),
@@ -473,8 +500,10 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     "MONAI's evaluation": (config(x={"_target_": "ConfigExpression", "config": "$1"}), "ConfigExpression is no class"),
     "MONAI's parser": (config(x={"_target_": "monai.bundle.ConfigParser"}), "monai.bundle"),
     "another package": (config(x={"_target_": "evil.Network"}), "evil is not among the packages"),
-    "scripts of another": (config(x={"_target_": "scripts.evil.Network"}), "is not in this bundle"),
+    "module of another": (config(x={"_target_": "scripts.evil.Network"}), "is not in this bundle"),
     "computed component": (config(x={"_target_": "$'os.' + 'system'"}), "computes what to call"),
+    "hub by an expression": (config(x={"_target_": "$torch.hub.load"}), "'hub' leads out of torch"),
+    "component that cannot be parsed": (config(x={"_target_": "$("}), "cannot be parsed"),
     "component by reference": (config(n="a", x={"_target_": "@n"}), "not a reference"),
     "component by macro": (config(n="a", x={"_target_": "%n"}), "not a reference"),
     "component of an object": (config(x={"_target_": "$@head.name"}), "computes what to call"),
@@ -494,10 +523,23 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     "command among strings": (config(x=["a", "subprocess.run"]), "may be looked up"),
     "pickled arrays": (config(x={"_target_": "LoadImaged", "allow_pickle": True}), "must be false"),
     "pickled weights": (config(x={"_target_": "torch.load", "f": "m.pt"}), "runs code unless weights_only"),
+    "pickled weights by an expression": (config(x={"_target_": "$torch.load", "f": "m.pt"}), "runs code unless"),
     "pickled cache": (config(x={"_target_": "PersistentDataset", "weights_only": "@amp"}), "must be true"),
     "writes elsewhere": (config(output_dir="/home/me/.ssh"), "outside of the bundle"),
     "writes above": (config(x={"_target_": "StatsHandler", "log_dir": "../.."}), "outside of the bundle"),
     "macro elsewhere": (config(x="%/tmp/evil.json::a"), "reads a file that is not in the bundle"),
+    "macro out of a key": (
+        config(**{"/tmp/evil.json": {"v": 1, "x": "%#v"}}),
+        "reads a file that is not in the bundle",
+    ),
+    "pickles of a peer": (
+        config(y="$import torch.distributed as dist", x="$dist.broadcast_object_list([None])"),
+        "is not for configs",
+    ),
+    "program through a reader": (
+        config(x="$monai.data.image_reader.nib.pkg_info.run(['touch', 'canary'])"),
+        "'nib' leads out of monai.data.image_reader",
+    ),
     "macro above": (config(x="%../evil.json"), "reads a file that is not in the bundle"),
     "macro that is not there": (config(x="%configs/evil.yaml#a"), "reads a file that is not in the bundle"),
     # JSON and YAML
@@ -513,6 +555,7 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
         put("configs/x.yaml", "a: !!python/object/apply:os.system ['touch canary']"),
         "a tag or an alias",
     ),
+    "not YAML": (put("configs/x.yaml", "a: ["), "is no YAML"),
     "laughs in YAML": (put("configs/x.yaml", "a: &a [1]\nb: [*a, *a]\n"), "a tag or an alias"),
     # logging
     "logs by code": (log("class=StreamHandler", "class=eval"), "class=eval is not among"),
@@ -520,12 +563,14 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     "logs with code": (log("(sys.stdout,)", f"({BANG},)"), "is code"),
     "logs with a module": (log("(sys.stdout,)", "(sys.modules,)"), "is code"),
     "logs with keywords": (log("(sys.stdout,)", "()\nkwargs={'stream': open('canary', 'w')}"), "is code"),
+    "logs with a syntax error": (log("(sys.stdout,)", "("), "is code"),
     "logs elsewhere": (log("'run.log'", "'/home/me/.bashrc'"), "outside of the bundle"),
     "logs in another format": (log("format=%(asctime)s", f"class={BANG}\nformat=%(asctime)s"), "is not among"),
     "no logging": (put("configs/logging.conf", "keys=root"), "cannot be judged"),
     # files that come later
     "large file in the clear": (large(url="http://example.org/a.pt"), "is not https://"),
     "large file unchecked": (large(hash_val=""), "no hash_val"),
+    "no list of large files": (put("large_files.yml", "large_files: 3"), "is no list of files"),
     "large file elsewhere": (large(path="../../canary"), "refused here"),
     "large file of Python": (large(path="scripts/net.py"), "refused here"),
     # weights
@@ -555,6 +600,9 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
         put("models/table.npz", zipped({"a.npy": array(np.array([Evil()], dtype=object))}, top="")),
         "holds pickled objects",
     ),
+    "bomb in weights": (inside_weights(**{"data/9": b"0" * 2**22}), "is a bomb"),
+    "no array": (put("models/table.npy", "x"), "is no .npy file"),
+    "no arrays": (put("models/table.npz", "x"), "is damaged"),
     "damaged array": (put("models/table.npy", b"\x93NUMPY\1\0\xff\xff{"), "damaged header"),
     # Python
     "Python with a syntax error": (python("def"), "cannot be parsed"),
@@ -630,6 +678,9 @@ USUAL = {  # what the model zoo and our bundles write, and more that does no har
     "rank": "$os.environ.get('LOCAL_RANK', '0') + os.path.join(@output_dir, str(os.cpu_count()))",
     "time": "$datetime.datetime.now().strftime('%Y') + str(time.time())",
     "events": "$@evaluator.add_event_handler(ignite.engine.Events.STARTED, ignite.handlers.TerminateOnNan())",
+    "component": {"_target_": "$monai.networks.nets.UNet", "spatial_dims": 3},
+    "reader": {"_target_": "LoadImaged", "keys": "image", "reader": ["itkreader", "monai.data.NumpyReader", None]},
+    "writer": {"_target_": "scripts.net.Head", "writer": "@inferer"},
     "kinds": "$type(@network) is not None and isinstance(@network, torch.nn.Module)",
     **{key: str(value).replace("NAME", "spleen") for key, value in untrusted.HEAD.items() if key != "imports"},
 }
@@ -648,12 +699,24 @@ def test_a_usual_expression_passes(name: str, tmp_path: Path):
     assert reasons(files, tmp_path) == []
 
 
+def test_lines_that_change_files_are_told(tmp_path: Path):
+    files = dict(BENIGN)
+    lines = ["open('a', 'w')", "open('a', mode=print)", "Path('a').open('x')", "os.remove('a')", "Path('a').unlink()"]
+    python("\n".join(lines))(files)
+    assert reasons(files, tmp_path) == []
+    (tmp_path / "bundle.zip").write_bytes(zipped(files))
+    told = [f.text for f in untrusted.examine(tmp_path / "bundle.zip") if f.member == "scripts/net.py"]
+    first = NET.count(b"\n") + 1
+    assert told == [f"writes, moves or deletes files: line {', '.join(str(first + n) for n in range(len(lines)))}"]
+
+
 def test_what_cannot_be_judged_is_told_and_granted_apart(tmp_path: Path):
     """Weights on a server, networks of a hub and TorchScript are common in the zoo."""
     files = dict(BENIGN)
     large()(files)
     put("models/model.onnx", "x")(files)
     put("models/tables.npz", zipped({"a.npy": array(np.zeros(3))}, top=""))(files)
+    put("configs/metadata.json", dumped({"required_packages_version": {"nibabel": "5", "evil-twin": "1"}}))(files)
     config(loss={"_target_": "monai.losses.PerceptualLoss"}, x={"pretrained": True, "url": "https://example.org"})(
         files
     )
@@ -671,7 +734,7 @@ def test_what_cannot_be_judged_is_told_and_granted_apart(tmp_path: Path):
         "3 Python files",
     ):
         assert words in told
-    for words in ("weights may be downloaded", "the address https://example.org"):
+    for words in ("weights may be downloaded", "the address https://example.org", "asks for evil-twin"):
         assert words in told
     ATTACKS["TorchScript"][0](files)
     assert [reason for reason in reasons(files, tmp_path) if reason.endswith("--allow torchscript")]
@@ -719,6 +782,7 @@ REAL = {  # attack -> id whose value sets it off
     "module by reference": "x",
     "code in quotes of a reference": "x",
     "code in a key": f"{KEY}::x",
+    "program through a reader": "x",
     "code in a description": "x",
     "code in a condition": "x",
     "code in a requirement": "x",
@@ -827,8 +891,8 @@ NEIGHBOURS = untrusted.words("""
 
 def test_no_chain_that_passes_leads_to_harm_or_to_another_package():
     """Everything that can be reached from the packages of the allow-list, as it is installed, is walked through."""
-    for package in ("monai.apps.detection", "monai.apps.generation", "PIL.Image", "einops", "nibabel"):
-        importlib.import_module(package)
+    for name in ("monai.apps.detection", "monai.apps.generation", "PIL.Image", "einops", "nibabel"):
+        importlib.import_module(name)
     bad, seen, reached = harmful(), set(), set()
     packages = ("monai", "torch", "numpy", "ignite", "einops", "nibabel", "PIL")
     stack: list[tuple[str, Any]] = [(package, sys.modules[package]) for package in packages]
@@ -871,10 +935,6 @@ def test_weights_may_build_only_what_torch_lets_them():
     assert passing <= set(allowed)
 
 
-def test_the_head_that_may_pass_is_the_one_that_the_laws_ask_for():
-    assert untrusted.HEAD == laws.HEAD
-
-
 def test_a_check_that_breaks_is_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def broken(bundle: untrusted.Bundle) -> Iterator[untrusted.Finding]:
         raise KeyError("a")
@@ -888,8 +948,17 @@ def test_a_bundle_of_any_size_is_bounded(tmp_path: Path, monkeypatch: pytest.Mon
     assert "more than 5 files" in reasons(zipped(BENIGN), tmp_path)[0]
     assert "more than 5 files" in reasons(BENIGN, tmp_path)[0]
     monkeypatch.setattr(untrusted, "MAX_MEMBERS", 100)
+    monkeypatch.setattr(untrusted, "MAX_PICKLE", 10)
+    assert [reason for reason in reasons(BENIGN, tmp_path) if "its pickle has more than 10 bytes" in reason]
     monkeypatch.setattr(untrusted, "MAX_TEXT", 50)
     assert [reason for reason in reasons(BENIGN, tmp_path) if "too large to be judged" in reason]
+
+
+def test_no_reason_says_more_than_one_line_to_a_terminal(tmp_path: Path):
+    files = dict(BENIGN)
+    config(**{"\x1b[2J\n": "$eval('\x1b[1m')"})(files)
+    for reason in reasons(files, tmp_path):
+        assert reason.isprintable()
 
 
 def test_a_link_in_a_folder_is_refused(tmp_path: Path):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.reading import Check, configs, everything, read, walk
+from tools.untrusted import HEAD
 
 # Ids that train.json and inference.json share by name only, and why.
 MAY_DIFFER = {
@@ -22,16 +23,6 @@ MAY_DIFFER = {
     "cases": "training reads real cases; synthesis needs fewer files or none, repeats cases, goes on after a bad one",
     "preprocessing": "synthesis prepares what is asked, training real images; what both do is shared by id",
     "run": "each file's own verb",
-}
-
-HEAD = {
-    "imports": ["$import glob", "$import os", "$import sys", "$import traceback"],
-    "bundle_root": "$next((str(w.config_root_path.resolve().parent) for w in (f.f_locals.get('self') for f, _ in "
-    "traceback.walk_stack(None)) if isinstance(w, monai.bundle.ConfigWorkflow)), "
-    "os.path.abspath('bundles/NAME' if os.path.isdir('bundles/NAME') else '.'))",
-    "use_bundle": "$sys.path[0] == @bundle_root or (sys.path.insert(0, @bundle_root), "
-    "[sys.modules.pop(m) for m in list(sys.modules) if m.split('.')[0] == 'scripts'])",
-    "device": "$torch.device('cuda:' + os.environ.get('LOCAL_RANK', '0') if torch.cuda.is_available() else 'cpu')",
 }
 
 # What logging.conf may say where it creates something: the terminal is all that a bundle writes its log to.

@@ -89,7 +89,7 @@ ONLY = table("""
     functools: partial reduce
     generative:
     glob: glob iglob escape
-    ignite: engine handlers metrics contrib.metrics utils
+    ignite: engine handlers metrics contrib.metrics utils.convert_tensor utils.to_onehot
     itertools:
     json: dumps load loads
     logging: DEBUG INFO WARNING ERROR CRITICAL debug info warning error disable getLogger
@@ -131,7 +131,9 @@ NEVER = table("""
     monai.utils: module misc.run_cmd state_cacher StateCacher jupyter_utils safeeval
     numpy: lib core ctypeslib f2py distutils testing compat rec savez_compressed genfromtxt loadtxt fromregex fromfile
     torch: ops classes package library serialization multiprocessing testing onnx export fx from_file inductor ao xpu
-    torch.distributed: run launch launcher nn checkpoint
+    torch.distributed: run launch launcher nn checkpoint all_gather_object broadcast_object_list gather_object
+    torch.distributed: recv_object_list scatter_object_list send_object_list FileStore TCPStore
+    torch.utils: data.datapipes
 """)
 LOADS = words("torch.load numpy.load")  # in one form only
 EXPLICIT = LOADS | {"monai.utils.dist"} | {f"{package}.{part}" for package, parts in ONLY.items() for part in parts}
@@ -142,16 +144,16 @@ ESCAPES = words("""
     CodeType CompilationUnit DataSource FileIO ForkingPickler FunctionType GifImage IPython Image LA LambdaType
     ModuleType PIL PILImage Popen Trace ag_code ag_frame attrgetter bltns builtins cffi check_call check_output chmod
     clearml cloudpickle container_abcs copymodule cpp_extension cr_code cr_frame ctypes ctypeslib dictConfig dill dist
-    download download_and_extract download_url dump elastic exec exec_ extractall f2py f_back f_builtins f_code
-    f_globals f_locals fileConfig filebasedimages fire fork format_map fsspec func_code func_globals gdown getoutput
-    gi_code gi_frame hardlink_to hub huggingface_hub idist import_module import_submodule importer instantiate itk jit
-    jiterator joblib lchmod link_to load load_inline load_library load_module load_state_dict_from_url load_submodules
-    load_url loads locate memmap methodcaller mlflow model_zoo moves mp mpl mro ndimage nib ninja np_ndi npl npt numexpr
-    open open_code optional_import pandas pd pip pkg_info pkg_resources plt popen psutil python_multiprocessing query
-    rename request requests rmdir rmtree rpc run_cmd save save_obj save_state savefig savetxt savez scipy scipy_ndimage
-    setuptools six spawn switch_backend symlink_to system tb tb_frame tb_next tf to_csv to_file to_filename to_hdf
-    to_json to_parquet to_pickle to_sql tofile touch triton unlink urlopen urlretrieve walk_stack wandb write_bytes
-    write_text xpx yaml
+    download download_and_extract download_url dump elastic exec exec_ export_chrome_trace export_stacks extractall f2py
+    f_back f_builtins f_code f_globals f_locals fileConfig filebasedimages fire fork format_map fsspec func_code
+    func_globals gdown getoutput gi_code gi_frame hardlink_to hub huggingface_hub idist import_module import_submodule
+    importer instantiate itk jit jiterator joblib lchmod link_to load load_inline load_library load_module load_objects
+    load_state_dict_from_url load_submodules load_url loads locate memmap methodcaller mlflow model_zoo moves mp mpl mro
+    ndimage nib ninja np_ndi npl npt numexpr open open_code optional_import pandas pd pip pkg_info pkg_resources plt
+    popen psutil python_multiprocessing query reload_objects rename request requests rmdir rmtree rpc run_cmd save
+    save_obj save_state savefig savetxt savez scipy scipy_ndimage setuptools six spawn switch_backend symlink_to system
+    tb tb_frame tb_next tf to_csv to_file to_filename to_hdf to_json to_parquet to_pickle to_sql tofile touch triton
+    unlink urlopen urlretrieve walk_stack wandb write_bytes write_text xpx yaml
 """) | (
     sys.stdlib_module_names
     - words("abc array cmath copy enum io math numbers queue random select signal statistics string time trace")
@@ -229,7 +231,7 @@ NEEDS = table("""
     dynamic: operator.attrgetter operator.methodcaller sys._current* sys._getframe sys.addaudithook sys.meta_path
     dynamic: sys.modules sys.path* sys.setprofile sys.settrace types.CodeType types.FunctionType types.ModuleType
     dynamic: types.new_class monai.bundle monai.utils.instantiate monai.utils.module monai.utils.optional_import
-    dynamic: torch.fx torch.package
+    dynamic: torch.fx torch.package inspect.get_annotations pandas.eval typing.get_type_hints
     pickle: _pickle cloudpickle copyreg dill joblib jsonpickle shelve pandas.read_pickle pickle.Unpickler pickle.load*
     pickle: monai.data.utils.pickle_operations numpy.load torch.load torch.serialization yaml.Loader
     pickle: yaml.UnsafeLoader yaml.full_load* yaml.load* yaml.unsafe_load* read_pickle
@@ -257,7 +259,7 @@ STDLIB = words("""
     fractions functools gc getpass glob gzip hashlib heapq hmac html inspect io itertools json keyword linecache locale
     logging lzma math mimetypes multiprocessing numbers operator os pathlib pickle platform pprint queue random re
     reprlib secrets shutil signal statistics string struct sys tarfile tempfile textwrap threading time token tokenize
-    traceback types typing typing_extensions unicodedata unittest uuid warnings weakref xml zipfile zlib
+    traceback types typing typing_extensions unicodedata uuid warnings weakref xml zipfile zlib
 """)  # what Python code may import; some of what is in there needs a grant still
 LIBRARIES = words("""
     PIL SimpleITK cupy cv2 einops generative h5py ignite imageio itk jsonschema lpips matplotlib monai networkx nibabel
@@ -265,8 +267,8 @@ LIBRARIES = words("""
     tifffile torch torchmetrics torchvision tqdm yaml
 """)
 GUARDED = words("builtins importlib monai numpy os pickle shutil sys torch")  # modules that must not be handed on
-WRITING = words("chmod hardlink_to rename rmdir symlink_to tofile touch unlink write_bytes write_text")
-WRITERS = words("os.chmod os.link os.remove os.rename os.replace os.rmdir os.symlink os.unlink")
+WRITING = words("chmod extractall hardlink_to rename rmdir symlink_to tofile touch unlink write_bytes write_text")
+WRITERS = words("os.chmod os.link os.open os.remove os.rename os.replace os.rmdir os.symlink os.unlink")
 
 # Files, by their last suffix.
 METADATA = "configs/metadata.json"
@@ -607,15 +609,21 @@ def walk(content: Any) -> Iterator[tuple[str, str, Any, dict]]:
             stack.append((f"{path}::{name}" if path else name, name.rpartition("::")[2], part, holder))
 
 
-def as_evaluated(value: str, path: str) -> str:
-    """The text that MONAI hands to eval() for an expression: relative ids made absolute, then references spliced in.
-
-    It is a replacement of text, quotes and all, also within strings: only the result tells what is run.
-    """
+def absolute(value: str, path: str) -> str:
+    """A string of a config as MONAI has it once relative ids are absolute: keys become a part of its text."""
     value, here = value.replace("#", "::"), path.split("::")
     for prefix in sorted(set(re.findall(r"[@%]::+", value)), reverse=True):
         up = prefix[1:].count("::")
         value = value.replace(prefix, prefix[0] + "".join(f"{part}::" for part in here[: max(len(here) - up, 0)]))
+    return value
+
+
+def as_evaluated(value: str, path: str) -> str:
+    """The text that MONAI hands to eval() for an expression, with what stands for the references spliced in.
+
+    It is a replacement of text, quotes and all, also within strings: only the result tells what is run.
+    """
+    value = absolute(value, path)
     for reference in sorted(re.findall(r"@\w*(?:::\w*)*", value), key=len, reverse=True):
         value = value.replace(reference, f"__local_refs['{reference[1:]}']")
     return value[1:]
@@ -710,6 +718,8 @@ class Expression:
         self.names = {*known, *(n.arg for n in nodes if isinstance(n, ast.arg))}
         self.names |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         self.problems = [f"{type(n).__name__} has no place in a config" for n in nodes if not isinstance(n, NODES)]
+        places = [n for n in nodes if isinstance(n, (ast.Attribute, ast.Subscript)) and not isinstance(n.ctx, ast.Load)]
+        self.problems += [f"assigns to {ast.unparse(n)[:40]}" for n in places]
         if not self.problems:
             self.judge(node)
 
@@ -760,6 +770,8 @@ class Expression:
             reason = ""
         elif handed_on or dotted in ONLY:
             reason = f"{dotted} itself is handed on, so that what is used of it cannot be seen"
+        elif dotted == "pathlib.Path.replace":
+            reason = f"{dotted} moves a file"
         elif dotted.rpartition(".")[2] in LOOK_UP:
             reason = f"{dotted} looks up classes by strings: write it as a component, with _target_"
         elif dotted in LOADS:
@@ -772,11 +784,11 @@ class Expression:
         for attribute in attributes:
             if re.match(r"_[^a-z]", attribute) or attribute in ESCAPES:
                 self.problems.append(f"the attribute {attribute!r} may lead anywhere")
-        arguments = len(called.args) + len(called.keywords) if called else 0
-        if attributes and called and (attributes[-1], bool(arguments)) == ("eval", True):
-            self.problems.append("eval with arguments runs them")
-        if attributes and called and (attributes[-1], arguments) == ("replace", 1):
-            self.problems.append("replace with one argument moves a file")
+        count = visible_arguments(called)
+        if attributes[-1:] == ["eval"] and count != 0:
+            self.problems.append("eval runs its arguments, and is for networks, without any")
+        if attributes[-1:] == ["replace"] and (count is None or count < 2):
+            self.problems.append("replace with one argument moves a file, and is for texts, with two")
 
     def special(self, name: str, called: ast.Call | None) -> None:
         """getattr and setattr with a name in sight; setattr for torch's backends alone; type of one thing."""
@@ -807,17 +819,21 @@ class Expression:
                 self.problems.append(f"{keyword.arg} is looked up by its name: write a component, with _target_")
 
 
+def visible_arguments(called: ast.Call | None) -> int | None:
+    """The number of a call's arguments, if there is a call and no ``*`` hides it."""
+    if not called or any(isinstance(a, ast.Starred) for a in called.args) or None in [k.arg for k in called.keywords]:
+        return None
+    return len(called.args) + len(called.keywords)
+
+
 def unsafe_load(dotted: str, called: ast.Call | None) -> str:
     """torch.load and numpy.load run code unless told not to -> reason."""
-    settings: dict[str | None, Any] = {None: ...}
-    if called:
-        settings = {k.arg: getattr(k.value, "value", ...) for k in called.keywords}
-    positional = called.args if called else []
-    if None in settings or any(isinstance(argument, ast.Starred) for argument in positional):
+    if not called or visible_arguments(called) is None:
         return f"{dotted} is used in a way that hides its arguments"
+    settings = {k.arg: getattr(k.value, "value", ...) for k in called.keywords}
     if dotted == "torch.load":
         return "" if settings.get("weights_only") is True else "torch.load runs code unless it has weights_only=True"
-    safe = settings.get("allow_pickle", False) is False and len(positional) < 3
+    safe = settings.get("allow_pickle", False) is False and len(called.args) < 3
     return "" if safe else "numpy.load with allow_pickle runs code"
 
 
@@ -831,17 +847,21 @@ def target_problem(value: Any, holder: dict, imported: dict[str, set[str]], path
         root = dotted.split(".")[0]
         if not re.fullmatch(r"\w+(\.\w+)+", dotted) or root not in imported:
             return "computes what to call, which could be the name of anything"
-        reasons = [forbidden(f"{origin}{dotted.removeprefix(root)}") for origin in imported[root]]
-        return next(filter(None, reasons), "")
+        return next(filter(None, (uncallable(f"{o}{dotted.removeprefix(root)}", holder) for o in imported[root])), "")
     if "." not in value:
         ours = re.fullmatch(r"[A-Z]\w*", value) and value not in CLASSES
         return "" if ours else f"{value} is no class of MONAI that a config may use: write its full path, if it is one"
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value):
         return f"{value[:60]!r} is no dotted path"
-    settings = {"torch.load": ("weights_only", True), "numpy.load": ("allow_pickle", False)}.get(value)
-    if settings and holder.get(settings[0], False) is not settings[1]:
-        return f"{value} runs code unless {settings[0]} is {settings[1]}"
-    return forbidden(value)
+    return uncallable(value, holder)
+
+
+def uncallable(path: str, holder: dict) -> str:
+    """Why a component, with the settings it has, must not call something -> reason, or none."""
+    setting, safe = {"torch.load": ("weights_only", True), "numpy.load": ("allow_pickle", False)}.get(path, ("", False))
+    if holder.get(setting, False) is not safe:
+        return f"{path} runs code unless {setting} is {safe}"
+    return forbidden(path)
 
 
 def check_expressions(bundle: Bundle) -> Iterator[Finding]:
@@ -942,7 +962,7 @@ def check_strings(bundle: Bundle) -> Iterator[Finding]:
         for path, _, value, _ in walk(content):
             if not isinstance(value, str):
                 continue
-            macro = re.match(r"%(.*\.(?:json|ya?ml))(?=::|#|$)", value, re.IGNORECASE)
+            macro = re.match(r"%(.*\.(?:json|ya?ml))(?=::|$)", absolute(value, path), re.IGNORECASE)
             if macro and (leads_out(macro[1]) or not any(f"/{n}".endswith(f"/{macro[1]}") for n in bundle.documents)):
                 yield Finding(name, f"{path}: the macro {value!r} reads a file that is not in the bundle")
             if names_danger(value):
@@ -952,7 +972,17 @@ def check_strings(bundle: Bundle) -> Iterator[Finding]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# logging.conf, large_files
+# Metadata, logging.conf, large_files
+
+
+def check_metadata(bundle: Bundle) -> Iterator[Finding]:
+    """Packages that the bundle asks for are installed by people who trust it."""
+    content = bundle.documents.get(METADATA)
+    asked = [content.get(f"{kind}_packages_version") for kind in ("required", "optional")] if content else []
+    known = LIBRARIES | words("pytorch-ignite scikit-learn scikit-image pillow opencv-python transformers")
+    unknown = sorted({str(name) for names in asked if isinstance(names, dict) for name in names} - known)
+    if unknown:
+        yield Finding(METADATA, f"asks for {', '.join(unknown)[:200]}: look before you install it", NOTE)
 
 
 def check_logging(bundle: Bundle) -> Iterator[Finding]:
@@ -1217,9 +1247,11 @@ class Code:
                     self.need(grant_for(f"{dotted}.{second}"), node, f"{dotted}.{second}")
                 elif dotted.split(".")[0] != "scripts" and (dotted.split(".")[0] == dotted or dotted.islower()):
                     self.need("dynamic", node, f"{name} of {dotted} by a computed name")
-        modes = [a for a in (*node.args[1:2], *(k.value for k in node.keywords if k.arg == "mode"))]
-        if name == "open" and modes and not re.fullmatch(r"r[bt]?", str(getattr(modes[0], "value", "?"))):
-            self.writes.add(node.lineno)
+        opens = 1 if name == "open" else 0 if getattr(node.func, "attr", "") == "open" else None
+        if opens is not None:
+            modes = [*node.args[opens : opens + 1], *(k.value for k in node.keywords if k.arg == "mode")]
+            if modes and not re.fullmatch(r"r[bt]?", str(getattr(modes[0], "value", "?"))):
+                self.writes.add(node.lineno)
 
 
 def leads_anywhere(attribute: str) -> bool:
@@ -1265,7 +1297,7 @@ def check_python(bundle: Bundle) -> Iterator[Finding]:
 # All together
 
 CHECKS: list[Check] = [check_files, check_expressions, check_components, check_strings, check_logging]
-CHECKS += [check_large_files, check_weights, check_python]
+CHECKS += [check_metadata, check_large_files, check_weights, check_python]
 
 
 def attempt(check: Check, bundle: Bundle) -> list[Finding]:
@@ -1306,10 +1338,10 @@ def inspect(path: Path, allowed: Collection[str] = ()) -> list[str]:
 
 
 def sentence(finding: Finding) -> str:
-    """One finding in one line."""
+    """One finding in one line, without what a terminal would obey."""
     text = f"{finding.member}: {finding.text}" if finding.member else finding.text
     how = f"; read it, then grant it: --allow {finding.needs}" if finding.needs not in ("", NOTE) else ""
-    return " ".join((text + how).split())
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join((text + how).split()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

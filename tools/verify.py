@@ -40,13 +40,6 @@ STATIC: list[Check] = [*CONTENTS, check_data_format, check_paper]
 RELEASE: list[Check] = [check_properties, check_network, check_export, check_weights]
 CHECKS: list[Check] = [*LAWS, *STATIC, *RELEASE]
 
-# Until all who use them name their rooms:
-from common.io import sha256  # noqa: E402, F401
-from tools.contents import FILES  # noqa: E402, F401
-from tools.laws import HEAD, check_json, check_shared_ids  # noqa: E402, F401
-from tools.reading import FILLS, build, parser, read, walk  # noqa: E402, F401
-from tools.smoke import check_synthesis  # noqa: E402, F401
-
 
 def attempt(check: Check, bundle: Path) -> list[str]:
     """Run a check; one that cannot even run has found a problem."""

@@ -132,7 +132,7 @@ class GatedUNet(DiffusionUNet):
             timesteps = timesteps * self.time_scale
         emb = self.embed(x, timesteps)
         if context is None:
-            context = torch.full((len(x), self.num_statistics), self.null, device=x.device)
+            context = x.new_full((x.shape[0], self.num_statistics), self.null)
         emb = torch.cat([emb, context.to(emb)], dim=1)
         h, skips = self.encode(x, emb)
         return self.decode(h, skips, emb)
