@@ -18,7 +18,7 @@ from tools import reading, verify
 REPO = Path(__file__).resolve().parents[1]
 BUNDLES = sorted(path.parent for path in (REPO / "bundles").glob("*/configs"))
 COMMON = sorted((REPO / "common").glob("*.py"))
-SOURCES = [*COMMON, *sorted((REPO / "tools").glob("*.py")), *sorted((REPO / "bundles").glob("*/scripts/*.py"))]
+SOURCES = [*COMMON, *sorted((REPO / "tools").rglob("*.py")), *sorted((REPO / "bundles").glob("*/scripts/*.py"))]
 
 LEAVES = {"schedules", "solvers", "semantics", "transforms", "totalsegmentator", "reports", "io", "checkpoints"}
 LEAVES |= {"metrics", "phantoms", "mask_phantoms", "prompts", "execution", "pictures", "workflow"}

@@ -41,10 +41,11 @@ NGC = "api.ngc.nvidia.com/v2/models/nvidia"
 
 @pytest.fixture(scope="session")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The release of two bundles."""
+    """The release of two bundles, and what fetches them."""
     folder = tmp_path_factory.mktemp("dist")
     for name in PAIR:
         package.package(REPO / "bundles" / name, folder)
+    package.package_fetch(folder)
     package.write_index(folder, f"https://{GITHUB}")
     return folder
 
@@ -412,14 +413,15 @@ def test_an_interrupted_fetch_leaves_nothing(web: Web, tmp_path: Path, number: s
     assert names(tmp_path) == []
 
 
-def test_a_release_is_fetched_with_two_files_and_python_alone(
-    dist: Path, members: dict[str, bytes], tmp_path: Path
+def test_a_release_is_fetched_with_one_file_and_python_alone(
+    dist: Path, web: Web, members: dict[str, bytes], tmp_path: Path
 ) -> None:
-    for tool in ("fetch.py", "untrusted.py"):
-        shutil.copy(REPO / "tools" / tool, tmp_path)
-    command = [sys.executable, "-I", "-S", "fetch.py", str(dist / ZIP)]  # without installed packages and environment
-    assert "--allow" in said(run_command(*command, cwd=tmp_path, fresh=True)), "its code is the user's to judge"
-    done = run_command(*command, "--allow", "network,dynamic", cwd=tmp_path, fresh=True)
+    shutil.copy(dist / "fetch.pyz", tmp_path)
+    command = [sys.executable, "-I", "-S", "fetch.pyz"]  # without installed packages and environment
+    line = said(run_command(*command, str(dist / ZIP), cwd=tmp_path, fresh=True))
+    assert "--allow" in line, "its code is the user's to judge"
+    assert "--look" in line, "in full"
+    done = run_command(*command, f"{web.address}/{ZIP}", "--allow", "network,dynamic", cwd=tmp_path, fresh=True)
     assert done.returncode == 0, done.stdout
     assert tree(tmp_path / PAIR[0]) == dict(sorted(members.items()))
 

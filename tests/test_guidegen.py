@@ -102,9 +102,9 @@ def stages(data: Path, run_bundle: Run, tmp_path_factory: pytest.TempPathFactory
 
 def test_each_stage_fills_its_own_network(stages: dict[str, Path]) -> None:
     parsed = reading.parser(REPO / "bundles" / NAME, "inference", "smoke")
-    for knob, component in reading.FILLS.items():
-        network = parsed.get_parsed_content(component)
-        network.load_state_dict(torch.load(stages[knob], weights_only=True), strict=True)
+    for knob, weights in stages.items():
+        network = parsed.get_parsed_content(reading.FILLS[knob])
+        network.load_state_dict(torch.load(weights, weights_only=True), strict=True)
 
 
 def test_the_first_stage_reads_the_reports_of_the_folder(stages: dict[str, Path], data: Path) -> None:

@@ -102,6 +102,19 @@ def test_index_gives_checksums_and_keeps_earlier_releases(checkout: Path, tmp_pa
     assert (tmp_path / "SHA256SUMS").read_text() == f"{io.sha256(path)}  {path.name}\n"
 
 
+def test_what_fetches_is_one_file_the_same_anywhere_and_listed(tmp_path: Path) -> None:
+    first, second = (package.package_fetch(tmp_path / folder) for folder in ("a", "b"))
+    assert first.read_bytes() == second.read_bytes()
+    with zipfile.ZipFile(first) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    sources = {name: content for name, content in files.items() if name != "__main__.py"}
+    assert sources == {name: (REPO / name).read_bytes() for name in sources}
+    assert {"LICENSE", "tools/fetch.py", "tools/untrusted/__init__.py"} <= {*sources}
+    package.write_index(tmp_path / "a")
+    assert (tmp_path / "a/SHA256SUMS").read_text() == f"{io.sha256(first)}  fetch.pyz\n"
+    assert json.loads((tmp_path / "a/model_info.json").read_text()) == {}
+
+
 def test_incomplete_bundle_is_refused(checkout: Path, tmp_path: Path) -> None:
     bundle = copy_checkout(checkout, tmp_path)
     for name in ("models/model.json", "LICENSE"):

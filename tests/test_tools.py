@@ -40,7 +40,7 @@ from tools.demo import picture
 from tools.measuring import bundle_config
 from tools.smoke import check_synthesis
 
-TOOLS = ("verify", "untrusted", "package", "fetch", "publish", "import_weights", "demo", "benchmark")
+TOOLS = ("verify", "package", "fetch", "publish", "import_weights", "demo", "benchmark")
 
 
 CPU = torch.device("cpu")

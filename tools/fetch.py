@@ -1,12 +1,13 @@
 """Fetch a bundle's zip: compare its checksum, look into it, and only then put it in place, whole or not at all.
 
-    python fetch.py https://.../cmdm_v0.1.0.zip                # into ./cmdm, by the SHA256SUMS beside it
-    python fetch.py cmdm_v0.1.0.zip --sha256 9f86d0... --bundle_dir bundles --allow network,dynamic
+    python tools/fetch.py https://.../cmdm_v0.1.0.zip              # into ./cmdm, by the SHA256SUMS beside it
+    python tools/fetch.py cmdm_v0.1.0.zip --sha256 9f86d0... --bundle_dir bundles --allow network,dynamic
+    python -I fetch.pyz --look cmdm_v0.1.0.zip                     # only tells what is in it
 
-``python -m monai.bundle download`` compares nothing and unpacks file by file into place. This needs Python alone and
-``untrusted.py`` beside it, which also tells what a bundle's Python code may do: that is yours to grant (--allow).
+``python -m monai.bundle download`` compares nothing and unpacks file by file into place. This needs Python 3.11 alone:
+``fetch.pyz`` of a release is this program in one file. What a bundle's Python code may do is yours to grant (--allow).
 Checksums from the zip's own server tell damage; only one that you got elsewhere (--sha256) tells forgery. Exit codes:
-0 in place, 1 refused, 2 the command line is wrong.
+0 in place, or nothing to refuse, 1 refused, 2 the command line is wrong.
 """
 
 from __future__ import annotations
@@ -24,20 +25,19 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
-import zlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, or the .pyz
 
-from untrusted import inspect
+from tools import untrusted
+from tools.untrusted.container import DAMAGED
 
 LISTS = ("SHA256SUMS", "model_info.json")  # of checksums, looked for beside a zip in this order
 MAX_BYTES = 32 * 2**30  # of a download
 PATIENCE = 60  # seconds without a byte
-# What the network, the disk, a list or a damaged zip may raise.
-REFUSALS = (OSError, ValueError, RuntimeError, EOFError, http.client.HTTPException, zipfile.BadZipFile, zlib.error)
+REFUSALS = (*DAMAGED, http.client.HTTPException)  # what the network, the disk, a list or a zip may raise
 
 
 class FetchError(ValueError):
@@ -144,7 +144,7 @@ def fetch(
         address: of a zip, on the web or on this machine.
         bundle_dir: the folder it will be in.
         checksum: (algorithm, hex digits); None compares nothing.
-        allowed: what its Python code may do, see ``untrusted.py``.
+        allowed: what its Python code may do, see `untrusted`.
         force: replace a bundle that is already there.
     """
     bundle_dir.mkdir(parents=True, exist_ok=True)
@@ -154,9 +154,9 @@ def fetch(
         download(address, archive)
         if checksum is not None:
             compare(archive, *checksum)
-        problems = inspect(archive, allowed)
+        problems = untrusted.inspect(archive, allowed)
         if problems:
-            more = f" ({len(problems) - 1} more: python untrusted.py tells all)" if len(problems) > 1 else ""
+            more = f" ({len(problems) - 1} more: --look at the zip tells all)" if len(problems) > 1 else ""
             raise FetchError(f"{problems[0]}{more}")
         made = unpack(archive, folder)
         target = bundle_dir / made.name
@@ -177,11 +177,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.add_argument(
         "--bundle_dir", type=Path, default=Path("."), help="where the bundle's folder shall be (default: .)"
     )
-    cli.add_argument("--allow", default="", metavar="GRANT[,GRANT]", help="what its Python code may do")
+    cli.add_argument("--allow", **untrusted.ALLOW)
     cli.add_argument("--force", action="store_true", help="replace the bundle if it is already there")
+    cli.add_argument("--look", action="store_true", help="only look into a zip or a folder that is here, and tell all")
     args = cli.parse_args(argv)
     if args.sha256 and not re.fullmatch(r"[0-9a-fA-F]{64}", args.sha256):
         cli.error("--sha256 takes 64 hex digits")
+    if args.look:
+        if not Path(args.address).exists():
+            cli.error(f"no file or folder {args.address}: --look is for what is on this machine")
+        return untrusted.look([Path(args.address)], args.allow)
     if not is_url(args.address) and not Path(args.address).is_file():
         cli.error(f"{args.address} is neither a file nor an address with http:// or https://")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it cleans up as well
@@ -189,8 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         checksum = ("sha256", args.sha256) if args.sha256 else None
         if checksum is None and not args.no_checksum:
             checksum = find_checksum(args.address, args.sums)
-        allowed = set(re.findall(r"[^\s,]+", args.allow))
-        target = fetch(args.address, args.bundle_dir, checksum, allowed=allowed, force=args.force)
+        target = fetch(args.address, args.bundle_dir, checksum, allowed=args.allow, force=args.force)
     except KeyboardInterrupt:
         print(f"fetch: {args.address}: interrupted; nothing is left of it", file=sys.stderr)
         return 1

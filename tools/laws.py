@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.reading import Check, configs, everything, read, walk
-from tools.untrusted import HEAD
+from tools.untrusted.policy import HEAD
 
 # Ids that train.json and inference.json share by name only, and why.
 MAY_DIFFER = {

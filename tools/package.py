@@ -1,6 +1,6 @@
 """Package bundles as release zips, complete with the shared code, that run in an empty folder anywhere.
 
-    python tools/package.py                      # all bundles -> dist/<name>_v<version>.zip, and monailabel_app.zip
+    python tools/package.py                      # all -> dist/<name>_v<version>.zip, monailabel_app.zip, fetch.pyz
     python tools/package.py --source https://github.com/OWNER/REPO/releases/download/TAG
     python tools/package.py lung_ddpm --preset paper --weights big.pt
     python tools/package.py guidegen --preset paper --weights big.pt --weights mask_weights=big_mask.pt ...
@@ -234,24 +234,33 @@ def package(
     check_places(files, *(place for place in (checkout, Path.home()) if place != Path("/")))
     check_weights(files, bundle)
     target = output / f"{bundle.name}_v{_content(files, 'configs/metadata.json')['version']}.zip"
-    write_zip(target, bundle.name, files)
+    write_zip(target, {f"{bundle.name}/{name}": content for name, content in files.items()})
     return target
 
 
 def package_app(output: Path) -> Path:
     """Write the zip of the MONAI Label app that serves the bundles; what it is made of is the same in any checkout."""
     app, target = REPO / "tools" / "monailabel_app", output / "monailabel_app.zip"
-    names = ("LICENSE", "README.md", "main.py", "requirements.txt")
-    write_zip(target, app.name, {name: (REPO if name == "LICENSE" else app) / name for name in names})
+    files: Files = {f"{app.name}/{name}": app / name for name in ("README.md", "main.py", "requirements.txt")}
+    write_zip(target, files | {f"{app.name}/LICENSE": REPO / "LICENSE"})
     return target
 
 
-def write_zip(target: Path, top: str, files: Files) -> None:
-    """Write files under one folder, the same bytes for the same content."""
+def package_fetch(output: Path) -> Path:
+    """Write ``fetch.pyz``, a zip that Python runs: tools/fetch.py and what it needs, for those without a checkout."""
+    target, tools = output / "fetch.pyz", REPO / "tools"
+    sources = [tools / "__init__.py", tools / "fetch.py", *(tools / "untrusted").glob("*.py"), REPO / "LICENSE"]
+    files: Files = {path.relative_to(REPO).as_posix(): path for path in sources}
+    write_zip(target, files | {"__main__.py": b"import sys\n\nfrom tools.fetch import main\n\nsys.exit(main())\n"})
+    return target
+
+
+def write_zip(target: Path, files: Files) -> None:
+    """Write files by their names in the zip, the same bytes for the same content."""
     # Stored, not deflated: weights hardly shrink, and what they deflate to depends on the zlib at hand.
     with atomic_path(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for name, content in sorted(files.items()):
-            entry = zipfile.ZipInfo(f"{top}/{name}", date_time=(2020, 1, 1, 0, 0, 0))
+            entry = zipfile.ZipInfo(name, date_time=(2020, 1, 1, 0, 0, 0))
             entry.external_attr, entry.create_system = 0o100644 << 16, 3
             entry.file_size = content.stat().st_size if isinstance(content, Path) else len(content)
             with _opened(content) as source, archive.open(entry, "w") as sink:
@@ -259,7 +268,7 @@ def write_zip(target: Path, top: str, files: Files) -> None:
 
 
 def write_index(output: Path, source: str = "") -> None:
-    """List every zip of the folder in ``model_info.json`` (SHA-1, as MONAI wants) and ``SHA256SUMS``.
+    """List a folder's bundles in ``model_info.json`` (SHA-1, as MONAI wants), and all its zips in ``SHA256SUMS``.
 
     An older ``model_info.json`` in the folder keeps its entries of zips that lie elsewhere.
 
@@ -275,7 +284,7 @@ def write_index(output: Path, source: str = "") -> None:
             checksum = hashlib.file_digest(file, "sha1").hexdigest()
         info[path.stem] = {"checksum": checksum, "source": f"{source.rstrip('/')}/{path.name}" if source else ""}
     index.write_bytes(_json(dict(sorted(info.items()))))
-    sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(output.glob("*.zip"))]
+    sums = [f"{sha256(path)}  {path.name}\n" for path in sorted([*output.glob("*.zip"), *output.glob("*.pyz")])]
     (output / "SHA256SUMS").write_text("".join(sums))
 
 
@@ -323,6 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
     if not args.names:
         print(package_app(args.output))
+        print(package_fetch(args.output))
     if args.output.is_dir():
         write_index(args.output, args.source)
     return int(failed)

@@ -3,7 +3,7 @@
     python tools/verify.py                       # all bundles of this repository
     python tools/verify.py lung_ddpm --smoke     # one, trained and run for seconds as well
     python tools/verify.py /somewhere/lung_ddpm  # an unzipped release
-    python tools/verify.py --untrusted some.zip  # a foreign bundle, which is only looked into: see tools/untrusted.py
+    python tools/verify.py --untrusted some.zip  # a foreign bundle, which is only looked into: see tools/untrusted
 
 Every ``check_<what>(bundle)`` returns a list of problems, empty if all is well: those of the model zoo's
 ``verify_bundle`` that need no network, and ours. Bundles are data here: a path, JSON, and MONAI's own parser.
@@ -59,12 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.add_argument("bundles", nargs="*", metavar="NAME_OR_PATH", help="name under bundles/, or folder (default: all)")
     cli.add_argument("--smoke", action="store_true", help="also train, synthesise and evaluate for seconds")
     cli.add_argument(
-        "--untrusted", nargs="+", metavar="ZIP_OR_FOLDER", help="look into foreign bundles, and run nothing"
+        "--untrusted", nargs="+", type=Path, metavar="ZIP_OR_FOLDER", help="look into foreign bundles, and run nothing"
     )
-    cli.add_argument("--allow", default="", metavar="GRANT[,GRANT]", help="with --untrusted: what their Python may do")
+    cli.add_argument("--allow", **untrusted.ALLOW)
     args = cli.parse_args(argv)
     if args.untrusted:
-        return untrusted.main([*args.untrusted, "--allow", args.allow])
+        for path in args.untrusted:
+            if not path.exists():
+                cli.error(f"no file or folder {path}")
+        return untrusted.look(args.untrusted, args.allow)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")  # torch's, about what a trace holds constant: whether that matters is checked
     bundles = []
