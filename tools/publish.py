@@ -16,7 +16,6 @@ import json
 import shutil
 import sys
 import tempfile
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 from common.io import sha256  # noqa: E402
+from tools.fetch import unpack  # noqa: E402
 
 
 class Rehearsal:
@@ -57,9 +57,7 @@ class Rehearsal:
 def publish(archive: Path, repo: str, *, private: bool = True) -> str:
     """Push a release zip to the hub -> the repository's address."""
     with tempfile.TemporaryDirectory() as folder:
-        with zipfile.ZipFile(archive) as content:
-            content.extractall(folder)
-        (bundle,) = Path(folder).iterdir()
+        bundle = unpack(archive, Path(folder))
         version = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))["version"]
         # docs/README.md becomes the repository's page, which shows the pictures from where it is.
         for picture in (bundle / "docs").glob("*.png"):
